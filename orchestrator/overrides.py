@@ -48,4 +48,6 @@ def hyperparams(overrides: Iterable[str], ignore: Iterable[str] = ()) -> dict[st
 
 def is_below(key: str, roots: tuple[str, ...]) -> bool:
     """Whether a dotted key or config group is one of ``roots`` or lies under one."""
-    return any(key == root or key.startswith((f"{root}.", f"{root}/", f"{root}@")) for root in roots)
+    return any(
+        key == root or key.startswith((f"{root}.", f"{root}/", f"{root}@")) for root in roots
+    )

@@ -1,0 +1,142 @@
+"""What makes two runs the same run: the composed task config, less the keys to ignore."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from orchestrator.naming import run_name
+from orchestrator.overrides import hyperparams
+from orchestrator.settings import NamingSettings, ResultsSettings
+from orchestrator.store import own_directory, planned_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+RESOLVER = "orchestrator.run_name"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A run's fingerprint, its readable name and the values that it was asked to vary."""
+
+    fingerprint: str
+    name: str
+    hyperparams: dict[str, Any]
+    seed: int | None
+
+
+def identify(config: DictConfig, overrides: Sequence[str], settings: ResultsSettings) -> Identity:
+    """Who a run is.
+
+    Args:
+        config: its composed config; the ``hydra`` node, if it is there, does not count.
+        overrides: its task overrides, as typed.
+        settings: the keys to ignore and the naming table.
+    """
+    digest = fingerprint(plain_task(config), settings.ignore)
+    values = hyperparams(overrides, settings.ignore)
+    return Identity(
+        fingerprint=digest,
+        name=run_name(values, settings.naming, digest),
+        hyperparams=values,
+        seed=_seed(config, settings.seed_key),
+    )
+
+
+def _seed(config: DictConfig, key: str) -> int | None:
+    with contextlib.suppress(OmegaConfBaseException):
+        seed = OmegaConf.select(config, key, throw_on_missing=False)
+        if isinstance(seed, int) and not isinstance(seed, bool):
+            return seed
+    return None
+
+
+def plain_task(config: DictConfig) -> dict[Any, Any]:
+    """The task part of a composed config as plain containers, interpolations unresolved."""
+    return {
+        key: OmegaConf.to_container(node, resolve=False)
+        if isinstance(node, (DictConfig, ListConfig))
+        else node._value()  # noqa: SLF001 - the only way to a leaf that is not resolved
+        for key, node in config.items_ex(resolve=False)
+        if key != "hydra"
+    }
+
+
+def fingerprint(task: dict[Any, Any], ignore: Iterable[str] = ()) -> str:
+    """32 hexadecimal digits over the *unresolved* config: ``${now:}`` must not change it.
+
+    Args:
+        task: plain containers, as from `plain_task`; the keys to ignore are taken out of it.
+        ignore: dotted keys that are not part of the identity.
+    """
+    for key in ignore:
+        _drop(task, key.split("."))
+    text = json.dumps(_canonical(task), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+
+def _drop(content: Any, path: list[str]) -> None:
+    *parents, last = path
+    for part in parents:
+        if not isinstance(content, dict) or part not in content:
+            return
+        content = content[part]
+    if isinstance(content, dict):
+        content.pop(last, None)
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        # JSON would take 1 and "1" for the same key.
+        return {
+            key if isinstance(key, str) else f"{type(key).__name__}:{key}": _canonical(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    if isinstance(value, Enum):
+        return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, (bytes, PurePath)):
+        return f"{type(value).__name__}:{value!r}"
+    return value
+
+
+def results_settings(hydra: DictConfig) -> ResultsSettings:
+    """The settings in ``hydra.callbacks.results``; the defaults where it is not configured."""
+    node = OmegaConf.select(hydra, "callbacks.results", throw_on_missing=False)
+    settings = ResultsSettings() if node is None else read_settings(node)
+    if settings.resume is None:
+        settings.resume = hydra.runtime.choices.get("hydra/output") == "named"
+    return settings
+
+
+def read_settings(node: Any) -> ResultsSettings:
+    """Settings from a config node or mapping; fields it does not name keep their defaults."""
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    values: dict[str, Any] = dict(cast("dict[str, Any]", plain))
+    known = {field.name for field in fields(ResultsSettings)}
+    naming = NamingSettings(**(values.pop("naming", None) or {}))
+    chosen = {name: value for name, value in values.items() if name in known}
+    return ResultsSettings(**chosen, naming=naming)
+
+
+def name_in_config(base: str, *, _root_: DictConfig) -> str:
+    """The resolver ``${orchestrator.run_name:BASE}``: the run's directory name below BASE.
+
+    For Hydra's own launchers; ours asks the same functions before a job starts. While a job
+    of a sweep is being set up (it has a number) the directory is made and owned; otherwise,
+    as under ``--cfg``, nothing is touched.
+    """
+    hydra = _root_.hydra
+    who = identify(_root_, list(hydra.overrides.task), results_settings(hydra))
+    choose = planned_directory if OmegaConf.is_missing(hydra.job, "num") else own_directory
+    return choose(Path(base) / who.name, who.fingerprint).name

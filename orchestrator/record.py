@@ -1,0 +1,245 @@
+"""The run record: one typed, frozen ``run.json`` per run directory.
+
+JSON has no NaN or infinity. They are written as the strings ``"NaN"``, ``"Infinity"`` and
+``"-Infinity"`` and read back as floats in ``metrics`` and ``return_value``.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import msgspec
+
+from orchestrator.errors import OrchestratorError
+
+SCHEMA_VERSION = 1
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RunState(str, Enum):
+    """Where a run is. Words of Hydra, Slurm and the OS are translated into these once."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    TIMEOUT = "TIMEOUT"
+    CANCELLED = "CANCELLED"
+    LOST = "LOST"
+
+    @property
+    def is_final(self) -> bool:
+        return not _TRANSITIONS[self]
+
+    def can_become(self, other: RunState) -> bool:
+        return other in _TRANSITIONS[self]
+
+
+_FINAL: frozenset[RunState] = frozenset()
+_TRANSITIONS: dict[RunState, frozenset[RunState]] = {
+    # A run that never started may fail (it cannot be composed), or be cancelled or lost.
+    RunState.PENDING: frozenset(
+        {RunState.RUNNING, RunState.FAILED, RunState.CANCELLED, RunState.LOST}
+    ),
+    RunState.RUNNING: frozenset(
+        {
+            RunState.COMPLETED,
+            RunState.FAILED,
+            RunState.TIMEOUT,
+            RunState.CANCELLED,
+            RunState.LOST,
+        }
+    ),
+    RunState.COMPLETED: _FINAL,
+    RunState.FAILED: _FINAL,
+    RunState.TIMEOUT: _FINAL,
+    RunState.CANCELLED: _FINAL,
+    RunState.LOST: _FINAL,
+}
+
+
+class RecordError(OrchestratorError):
+    """A ``run.json`` that cannot be read as one of ours."""
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """Why a run failed: exception type, its message, and the traceback as text."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One earlier try of the same run, kept when it is run again."""
+
+    started_at: float | None
+    ended_at: float | None
+    state: RunState
+    returncode: int | None
+    gpu_uuids: tuple[str, ...] = ()
+    error: ErrorInfo | None = None
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """What ran: interpreter, this package, and the commit of the code, if it is in git."""
+
+    python: str = ""
+    orchestrator: str = ""
+    git_commit: str = ""
+    git_dirty: bool | None = None
+
+
+class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """All that launchers, callback, status, aggregation and report know of a run.
+
+    Times are seconds since the epoch, durations seconds, memory gigabytes (10^9 bytes).
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model_name: str
+    sweep_id: str = ""
+    index: int | None = None
+    overrides: tuple[str, ...] = ()
+    hyperparams: dict[str, Any] = {}
+    fingerprint: str = ""
+    seed: int | None = None
+    state: RunState
+    success: bool = False
+    returncode: int | None = None
+    return_value: Any = None
+    attempts: tuple[Attempt, ...] = ()
+    error: ErrorInfo | None = None
+    gpu_id: int | None = None
+    gpu_uuids: tuple[str, ...] = ()
+    host: str = ""
+    boot_id: str = ""
+    pid: int | None = None
+    pid_started: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    duration_seconds: float | None = None
+    peak_gpu_memory_gb: float | None = None
+    metrics: dict[str, float] = {}
+    command: str = ""
+    versions: Versions = Versions()
+
+    def advance(self, state: RunState, **changes: Any) -> RunRecord:
+        """The same run in a later state.
+
+        Raises:
+            ValueError: the transition is not in the table; a final state stays final.
+        """
+        if not self.state.can_become(state):
+            msg = f"run {self.model_name} is {self.state.value} and cannot become {state.value}"
+            raise ValueError(msg)
+        return msgspec.structs.replace(
+            self, state=state, success=state is RunState.COMPLETED, **changes
+        )
+
+    def as_attempt(self) -> Attempt:
+        return Attempt(
+            started_at=self.started_at,
+            ended_at=self.ended_at,
+            state=self.state,
+            returncode=self.returncode,
+            gpu_uuids=self.gpu_uuids,
+            error=self.error,
+        )
+
+
+_encoder = msgspec.json.Encoder()
+
+
+class _WireRecord(RunRecord, frozen=True, kw_only=True):
+    """The record as JSON holds it: metrics may be the strings of non-finite numbers."""
+
+    metrics: dict[str, float | str] = {}  # type: ignore[assignment]
+
+
+_decoder = msgspec.json.Decoder(_WireRecord)
+_FIELDS = RunRecord.__struct_fields__
+
+
+def encode(record: RunRecord) -> bytes:
+    """The record as one line of JSON."""
+    wire = {name: getattr(record, name) for name in _FIELDS}
+    for name in ("hyperparams", "metrics", "return_value"):
+        wire[name] = to_plain(wire[name])
+    return _encoder.encode(wire) + b"\n"
+
+
+def decode(data: bytes) -> RunRecord:
+    """Read a record.
+
+    Raises:
+        RecordError: the bytes are not JSON, not a record, or of a newer schema.
+    """
+    try:
+        wire = _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        msg = f"not a run record: {error}"
+        raise RecordError(msg) from error
+    if wire.schema_version > SCHEMA_VERSION:
+        msg = (
+            f"the record has schema {wire.schema_version}, this version reads up to "
+            f"{SCHEMA_VERSION}: upgrade the orchestrator"
+        )
+        raise RecordError(msg)
+    values = {name: getattr(wire, name) for name in _FIELDS}
+    values["metrics"] = {
+        k: v for k, v in from_plain(wire.metrics).items() if not isinstance(v, str)
+    }
+    values["return_value"] = from_plain(wire.return_value)
+    return RunRecord(**values)
+
+
+def to_plain(value: Any) -> Any:
+    """A value as JSON can hold it; numbers of numpy and torch become Python's.
+
+    Raises:
+        TypeError: the value (or one inside it) is none of: number, text, None, list,
+            mapping, enum, path.
+    """
+    if value is None or isinstance(value, (bool, int)):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, float):
+        return _finite_or_text(float(value))
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (str, PurePath)):
+        # A lone surrogate (a file name that is not UTF-8) cannot be encoded.
+        return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {str(to_plain(key)): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_plain(item) for item in value]
+    if callable(getattr(value, "item", None)) and getattr(value, "size", None) in (1, None):
+        return to_plain(value.item())  # a numpy scalar; a 0-d array
+    if callable(getattr(value, "item", None)) and callable(getattr(value, "numel", None)):
+        return to_plain(value.item())  # a torch scalar; torch's own error says when it is not
+    msg = f"a {type(value).__module__}.{type(value).__qualname__} cannot be written as JSON"
+    raise TypeError(msg)
+
+
+def _finite_or_text(number: float) -> float | str:
+    if math.isfinite(number):
+        return number
+    if math.isnan(number):
+        return "NaN"
+    return "Infinity" if number > 0 else "-Infinity"
+
+
+def from_plain(value: Any) -> Any:
+    """The inverse of `to_plain` for numbers: the three words become floats again."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: from_plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_plain(item) for item in value]
+    return value

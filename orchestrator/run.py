@@ -1,0 +1,162 @@
+"""What a task may ask and tell while it runs: its directory, its curves, its arrays."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.record import to_plain
+from orchestrator.store import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass
+class ActiveRun:
+    """The run that this process is working on."""
+
+    directory: RunDir
+    # The last value of every metric: the final scalars of the record.
+    metrics: dict[str, float] = field(default_factory=dict)
+    # Whether a launcher of ours writes the record, so that the callback need not.
+    managed: bool = False
+    _curve: int | None = None
+
+    def append(self, line: bytes) -> None:
+        """Add one line to the curve; it survives the death of this process at once."""
+        if self._curve is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._curve = os.open(self.directory.metrics, flags, 0o666)
+        written = os.write(self._curve, line)
+        if written != len(line):
+            msg = f"{self.directory.metrics}: the disk took {written} of {len(line)} bytes"
+            raise OSError(msg)
+
+    def close(self) -> None:
+        if self._curve is not None:
+            os.close(self._curve)
+            self._curve = None
+
+
+_active: ActiveRun | None = None
+
+
+def active() -> ActiveRun | None:
+    return _active
+
+
+def activate(run: ActiveRun | None) -> None:
+    """Make ``run`` the one that `log_metrics` and its siblings mean; None ends it."""
+    global _active  # noqa: PLW0603 - a process works on one run at a time
+    if _active is not None:
+        _active.close()
+    _active = run
+
+
+@contextmanager
+def run_in(directory: Path | str) -> Iterator[ActiveRun]:
+    """Work in a directory as if it were a run's: for notebooks and tests of a task."""
+    run = ActiveRun(RunDir(Path(directory)))
+    run.directory.path.mkdir(parents=True, exist_ok=True)
+    activate(run)
+    try:
+        yield run
+    finally:
+        activate(None)
+
+
+def run_dir() -> Path:
+    """The absolute directory of the current run.
+
+    Raises:
+        OrchestratorError: no run is going on in this process.
+    """
+    return _current("run_dir").directory.path.absolute()
+
+
+def log_metrics(step: int, **values: Any) -> None:
+    """Append one step to the run's curves (``metrics.jsonl``).
+
+    A line is written whole before this returns, so a killed run keeps every step it logged.
+
+    Args:
+        step: what the values belong to: an epoch, an update, a number of samples.
+        values: numbers, NaN and infinities included; also scalars of numpy, torch and JAX.
+
+    Raises:
+        OrchestratorError: no run is going on, or a value is not a number.
+        OSError: the disk is full.
+    """
+    run = _current("log_metrics")
+    plain = {name: _number(name, value) for name, value in values.items()}
+    line = {"step": to_plain(step), "timestamp": round(time.time(), 3), **plain}
+    run.append(msgspec.json.encode(line) + b"\n")
+    run.metrics.update({name: float(value) for name, value in plain.items()})
+
+
+def _number(name: str, value: Any) -> float | int | str:
+    try:
+        plain = to_plain(value)
+        float(plain)
+    except (TypeError, ValueError) as error:
+        got = f"{type(value).__name__} {str(value)[:60]!r}"
+        msg = (
+            f"log_metrics({name}=...) got {got}, expected a number; "
+            "for arrays use save_arrays(), for text print() it"
+        )
+        raise OrchestratorError(msg) from error
+    number: float | int | str = plain
+    return number
+
+
+def save_arrays(**arrays: Any) -> None:
+    """Add or replace arrays by name in the run's ``arrays.npz``.
+
+    Args:
+        arrays: anything that `numpy.asarray` takes, of any shape, but no Python objects.
+
+    Raises:
+        OrchestratorError: no run is going on, or an array would need pickling.
+        OSError: the disk is full; the arrays saved before are intact.
+    """
+    import io
+
+    import numpy as np
+
+    from orchestrator.store import write_atomic
+
+    run = _current("save_arrays")
+    new = {name: np.asarray(value) for name, value in arrays.items()}
+    for name, array in new.items():
+        if array.dtype.hasobject:
+            msg = (
+                f"save_arrays({name}=...) got an array of Python objects, expected numbers or "
+                "text: they could only be pickled, and results are never unpickled"
+            )
+            raise OrchestratorError(msg)
+    path = run.directory.arrays
+    if path.exists():
+        with np.load(path, allow_pickle=False) as old:
+            new = {**{name: old[name] for name in old.files}, **new}
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **new)
+    write_atomic(path, buffer.getvalue())
+
+
+def _current(caller: str) -> ActiveRun:
+    if _active is None:
+        msg = (
+            f"orchestrator.{caller}() was called outside a run. Start the task through Hydra with "
+            "hydra/callbacks=results (or hydra/launcher=gpu_queue), or wrap the call in "
+            "`with orchestrator.run_in('some/directory'):`"
+        )
+        raise OrchestratorError(msg)
+    return _active
