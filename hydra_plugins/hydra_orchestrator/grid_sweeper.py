@@ -1,0 +1,49 @@
+"""``hydra/sweeper=grid``. Executed at every start of every Hydra app: it imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+
+from orchestrator.sweep.settings import GridSweeperConf
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hydra.plugins.launcher import Launcher
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+
+class GridSweeper(Sweeper):
+    """Every combination of the values given; see ``GridSweeperConf`` for the settings."""
+
+    def __init__(
+        self, max_batch_size: int | None = None, params: Mapping[str, str] | None = None
+    ) -> None:
+        self.max_batch_size = max_batch_size
+        self.params = params
+        self.hydra_context: HydraContext | None = None
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Make the launcher."""
+        from orchestrator.sweep import grid
+
+        grid.set_up(self, hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the sweep; see :func:`orchestrator.sweep.grid.sweep`."""
+        from orchestrator.sweep import grid
+
+        return grid.sweep(self, arguments)
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="hydra_orchestrator"
+)
