@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from orchestrator.naming import with_suffix
 from orchestrator.processes import boot_id, hostname, is_alive
-from orchestrator.record import RecordError, RunRecord, RunState, decode, encode
+from orchestrator.record import RecordError, RunRecord, RunState, decode, encode, from_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,6 +181,37 @@ def find_runs(root: Path | str) -> Iterator[RunDir]:
     for entry in found:
         if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
             yield from find_runs(entry.path)
+
+
+_TAIL_BYTES = 65_536
+
+
+def last_metrics(run: RunDir) -> dict[str, float]:
+    """The last value of every metric in the end of a curve, for a run that could not say.
+
+    Reads at most the last 64 KB; lines that are not whole are passed over.
+    """
+    metrics: dict[str, float] = {}
+    for line in tail(run.metrics, _TAIL_BYTES).splitlines():
+        with contextlib.suppress(msgspec.DecodeError):
+            step = msgspec.json.decode(line)
+            if isinstance(step, dict):
+                metrics.update(from_plain(step))
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if name not in ("step", "timestamp") and isinstance(value, (int, float))
+    }
+
+
+def tail(path: Path, max_bytes: int) -> bytes:
+    """The last bytes of a file; empty where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
+            return file.read()
+    except OSError:
+        return b""
 
 
 def completed_by_fingerprint(root: Path) -> dict[str, Path]:

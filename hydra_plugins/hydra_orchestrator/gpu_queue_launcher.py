@@ -1,0 +1,47 @@
+"""``hydra/launcher=gpu_queue``. Imported at each start of every Hydra app: keep it light."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.launcher import Launcher
+
+from orchestrator.queue.settings import GpuQueueSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hydra.core.utils import JobReturn
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+    from orchestrator.queue.launcher import GpuQueue
+
+
+class GpuQueueLauncher(Launcher):
+    """Runs jobs on this machine's GPUs (or cores); see `orchestrator.queue.launcher`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = GpuQueueSettings(**settings)
+        self.queue: GpuQueue | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        from orchestrator.queue.launcher import GpuQueue
+
+        self.queue = GpuQueue(self.settings, hydra_context, task_function, config)
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        if self.queue is None:
+            msg = "launch() was called before setup()"
+            raise RuntimeError(msg)
+        return self.queue.launch(job_overrides, initial_job_idx)
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="gpu_queue", node=GpuQueueSettings, provider="orchestrator"
+)

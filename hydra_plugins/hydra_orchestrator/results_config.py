@@ -1,0 +1,38 @@
+"""``hydra/callbacks=results`` and ``hydra/output=named``, for any Hydra app.
+
+Imported at each start of every Hydra app: keep it light.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from orchestrator.settings import ResultsNode
+
+RESOLVER = "orchestrator.run_name"
+
+
+def _run_name(base: str, *, _root_: Any) -> str:
+    from orchestrator.identity import name_in_config
+
+    return name_in_config(base, _root_=_root_)
+
+
+OmegaConf.register_new_resolver(RESOLVER, _run_name, replace=True)
+
+ConfigStore.instance().store(
+    group="hydra/callbacks", name="results", node=ResultsNode, provider="orchestrator"
+)
+ConfigStore.instance().store(
+    group="hydra/output",
+    name="named",
+    package="hydra",
+    node={
+        "run": {"dir": "outputs/${orchestrator.run_name:outputs}"},
+        "sweep": {"dir": "outputs", "subdir": "${orchestrator.run_name:${hydra.sweep.dir}}"},
+    },
+    provider="orchestrator",
+)

@@ -1,0 +1,36 @@
+"""Jobs as forks of the process that has imported the app."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestrator.queue.job import forget_parent, give_up, set_up_process, work
+from orchestrator.queue.task import Task, call_task, number_job
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+
+    from orchestrator.queue.keeper import JobBody
+    from orchestrator.queue.wire import JobRequest
+    from orchestrator.record import RunRecord
+    from orchestrator.sweep.compose import Composer
+
+
+def forked_body(task: Task, composer: Composer) -> JobBody:
+    """What a forked child does: the task, with the config composed from memory."""
+
+    def body(request: JobRequest, record: RunRecord, outcome_fd: int) -> None:
+        try:
+            forget_parent()
+            set_up_process(request, record)
+        except BaseException as error:  # noqa: BLE001 - the last frame of the process
+            give_up(error, outcome_fd)
+
+        def call() -> JobReturn:
+            config = composer.compose_in_place(list(request.overrides))
+            number_job(config, request.num)
+            return call_task(task, config, request.directory)
+
+        work(call, request, outcome_fd)
+
+    return body

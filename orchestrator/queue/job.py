@@ -1,0 +1,241 @@
+"""The job's own process: set it up, call the task as Hydra would, say how it went."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import pickle
+import random
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from orchestrator import run as current_run
+from orchestrator.processes import start_time
+from orchestrator.queue.prctl import die_with_parent, flush_c_stdio
+from orchestrator.queue.wire import JobRequest, Outcome, pack
+from orchestrator.record import ErrorInfo, RunRecord, from_plain, to_plain
+from orchestrator.store import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hydra.core.utils import JobReturn
+
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+def set_up_process(request: JobRequest, record: RunRecord) -> None:
+    """Make a freshly forked child the job: session, signals, streams, variables, record."""
+    keeper = os.getppid()
+    die_with_parent(keeper)
+    os.setsid()
+    for number in (signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, exit_on_sigterm)
+    run = RunDir(Path(request.directory))
+    _redirect(run)
+    for name, value in request.env.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for name in _THREAD_VARIABLES:
+        os.environ.setdefault(name, str(request.threads))
+    pid = os.getpid()
+    run.write(msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid)))
+
+
+def exit_on_sigterm(number: int, _frame: object) -> NoReturn:
+    # As an exception, so that `finally` blocks and exit handlers of the task still run.
+    raise SystemExit(128 + number)
+
+
+def _redirect(run: RunDir) -> None:
+    """Send everything that is printed, by C code and child processes too, to the run's logs."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for target, path in ((1, run.stdout), (2, run.stderr)):
+        descriptor = os.open(path, flags, 0o666)
+        os.dup2(descriptor, target)
+        os.close(descriptor)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    sys.stdout = sys.__stdout__ = _text_stream(1)
+    sys.stderr = sys.__stderr__ = _text_stream(2)
+
+
+def _text_stream(descriptor: int) -> io.TextIOWrapper:
+    raw = open(descriptor, "wb", closefd=False)  # noqa: SIM115 - open for good
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+def limit_threads(threads: int) -> None:
+    """Bound the pools of libraries that are loaded already, which read no variable any more."""
+    if "numpy" in sys.modules or "scipy" in sys.modules:
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(threads)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+def reseed(fingerprint: str) -> None:
+    """Give the global generators a state of this run's own.
+
+    Forked jobs would otherwise all draw the same numbers. Deterministic, so that the same
+    config draws the same numbers again.
+    """
+    seed = int(fingerprint[:8] or "0", 16)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
+
+
+def forget_parent() -> None:
+    """Drop the exit handlers and child lists that were inherited: they are the launcher's."""
+    atexit._clear()  # noqa: SLF001
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util._finalizer_registry.clear()  # noqa: SLF001
+        process = sys.modules["multiprocessing.process"]
+        process._children = set()  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def work(call: Callable[[], JobReturn], request: JobRequest, outcome_fd: int) -> NoReturn:
+    """Call the task, send its outcome to the keeper, and end the process as Python would."""
+    status = 1
+    try:
+        run = current_run.ActiveRun(RunDir(Path(request.directory)), managed=True)
+        current_run.activate(run)
+        limit_threads(request.threads)
+        reseed(request.record.fingerprint)
+        outcome, status = _attempt(call, run)
+        _send(outcome_fd, outcome)
+        _run_exit_handlers()
+    except BaseException:  # noqa: BLE001 - the last frame of the process
+        traceback.print_exc()
+        status = status or 1
+    finally:
+        _flush()
+        os._exit(status)
+
+
+def give_up(error: BaseException, outcome_fd: int) -> NoReturn:
+    """End a job that could not even be set up; the keeper hears why."""
+    with contextlib.suppress(BaseException):
+        traceback.print_exception(error)
+        _send(outcome_fd, _failed(error, {}))
+    os._exit(1)
+
+
+def _attempt(call: Callable[[], JobReturn], run: current_run.ActiveRun) -> tuple[Outcome, int]:
+    from hydra.core.utils import JobStatus
+
+    try:
+        returned = call()
+    except SystemExit as error:
+        status = _exit_status(error)
+        if status == 0:
+            return _completed(None, run.metrics), 0
+        return _failed(error, run.metrics), status
+    except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt, too, has ended the task
+        traceback.print_exc()
+        return _failed(error, run.metrics), 1
+    value = returned._return_value  # noqa: SLF001 - the property raises a failed job's exception
+    if returned.status is JobStatus.COMPLETED:
+        return _completed(value, run.metrics), 0
+    traceback.print_exception(value)
+    return _failed(value, run.metrics), 1
+
+
+def _exit_status(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _completed(value: Any, logged: dict[str, float]) -> Outcome:
+    warning, plain = "", None
+    try:
+        plain = to_plain(value)
+    except Exception as error:  # noqa: BLE001 - a value's own methods may raise anything
+        warning = f"the return value is not in the record: {error}"
+    try:
+        pickled = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # noqa: BLE001 - likewise
+        pickled = pickle.dumps(plain)
+        warning = f"the return value did not reach the sweeper, which gets {plain}: {error}"
+    returned = plain if isinstance(plain, dict) else {}
+    scalars = {k: v for k, v in from_plain(returned).items() if isinstance(v, (int, float))}
+    return Outcome(
+        completed=True,
+        return_value=plain,
+        value=pickled,
+        metrics={**logged, **scalars},
+        warning=warning,
+    )
+
+
+def _failed(error: BaseException, logged: dict[str, float]) -> Outcome:
+    text = "".join(traceback.format_exception(error))
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - an exception whose __str__ raises
+        message = "(its text could not be had)"
+    pickled = None
+    with contextlib.suppress(Exception):
+        data = pickle.dumps(error, protocol=pickle.HIGHEST_PROTOCOL)
+        pickle.loads(data)  # noqa: S301 - many exceptions pickle but do not unpickle
+        pickled = data
+    info = ErrorInfo(type(error).__qualname__, _clean(message), _clean(text))
+    return Outcome(completed=False, value=pickled, error=info, metrics=logged)
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _send(descriptor: int, outcome: Outcome) -> None:
+    data = pack(outcome)
+    while data:
+        data = data[os.write(descriptor, data) :]
+    os.close(descriptor)
+
+
+def _run_exit_handlers() -> None:
+    """What the interpreter does at its end: join threads, run atexit, end worker processes."""
+    threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
+    atexit._run_exitfuncs()  # noqa: SLF001
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util._exit_function()  # noqa: SLF001
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    flush_c_stdio()

@@ -1,0 +1,259 @@
+"""The keeper: one small process per job, which nothing that the job starts can escape.
+
+It claims the run directory, forks the job, ends it when asked, at its time limit, or when
+launcher or job server die, waits until the whole process tree is gone, and writes the final
+record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import os
+import selectors
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from orchestrator.processes import boot_id, hostname, start_time
+from orchestrator.queue.prctl import become_subreaper
+from orchestrator.queue.tree import JobTree
+from orchestrator.queue.wire import (
+    Busy,
+    Ended,
+    Exited,
+    Inbox,
+    JobRequest,
+    Outcome,
+    Started,
+    Stop,
+    final_state,
+    pack,
+)
+from orchestrator.record import Attempt, ErrorInfo, RunRecord, RunState
+from orchestrator.store import RunDir, RunLock, last_metrics
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    # Becomes the job in the forked child, reports on the given descriptor, never returns.
+    JobBody = Callable[[JobRequest, RunRecord, int], None]
+
+_WRITE_RETRIES_S = (0.1, 0.5, 1.0)
+
+
+class Reason(enum.Enum):
+    """Why a job was ended by its keeper."""
+
+    STOPPED = "it was stopped"
+    LAUNCHER_DIED = "the launcher died"
+    SERVER_DIED = "the job server died"
+    TIMEOUT = "it reached its time limit"
+
+    @property
+    def state(self) -> RunState:
+        return {Reason.TIMEOUT: RunState.TIMEOUT, Reason.SERVER_DIED: RunState.LOST}.get(
+            self, RunState.CANCELLED
+        )
+
+
+class Keeper:
+    """Looks after one job from before its start until nothing of it is left."""
+
+    def __init__(self, request: JobRequest, launcher: socket.socket, server_alive: int) -> None:
+        self._request = request
+        self._run = RunDir(Path(request.directory))
+        self._launcher = launcher
+        self._commands = Inbox(launcher.fileno())
+        # Readable (at its end) once the job server is dead.
+        self._server_alive = server_alive
+        self._reason: Reason | None = None
+        self._outcome: Outcome | None = None
+
+    def keep(self, body: JobBody) -> None:
+        """Run the job to its end and record it; answer only, if it is done or being done."""
+        become_subreaper()
+        # The job inherits the lock: it is held until the last of both has ended.
+        lock = RunLock.acquire(self._run)
+        earlier = self._run.try_read()
+        if lock is None:
+            self._send(Busy())
+        elif earlier is not None and self._request.resume and self._is_done(earlier):
+            self._send(Ended(earlier, skipped=True))
+        else:
+            record, tree = self._work(self._set_aside(earlier), body)
+            self._send(Exited())
+            self._finish(record, tree.returncode or 0)
+
+    def _is_done(self, earlier: RunRecord) -> bool:
+        same = earlier.fingerprint == self._request.record.fingerprint
+        return same and earlier.state is RunState.COMPLETED
+
+    def _set_aside(self, earlier: RunRecord | None) -> tuple[Attempt, ...]:
+        """Keep an earlier attempt; a finished run that is done again starts from nothing."""
+        self._run.set_aside(whole=earlier is not None and earlier.state is RunState.COMPLETED)
+        if earlier is None:
+            return ()
+        # Its lock was free: whatever its record says, nobody works on it any more.
+        state = earlier.state if earlier.state.is_final else RunState.LOST
+        return (*earlier.attempts, msgspec.structs.replace(earlier.as_attempt(), state=state))
+
+    def _work(self, attempts: tuple[Attempt, ...], body: JobBody) -> tuple[RunRecord, JobTree]:
+        """Fork the job and wait until it and all that it started are gone."""
+        outcome_fd, job_outcome_fd = os.pipe()
+        child_ended = wake_up_on(signal.SIGCHLD)
+        record = self._request.record.advance(
+            RunState.RUNNING,
+            attempts=attempts,
+            host=hostname(),
+            boot_id=boot_id(),
+            started_at=time.time(),
+        )
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for descriptor in (
+                outcome_fd,
+                child_ended,
+                self._launcher.fileno(),
+                self._server_alive,
+            ):
+                os.close(descriptor)
+            body(self._request, record, job_outcome_fd)
+        os.close(job_outcome_fd)
+        tree = JobTree(pid, self._request.kill_grace_s)
+        record = msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid))
+        self._send(Started(pid, record.started_at or 0.0))
+        self._watch(tree, outcome_fd, child_ended)
+        return record, tree
+
+    def _watch(self, tree: JobTree, outcome_fd: int, child_ended: int) -> None:
+        os.set_blocking(outcome_fd, False)
+        outcome = Inbox(outcome_fd)
+        limit = self._request.timeout_s
+        deadline = None if limit is None else time.monotonic() + limit
+        with selectors.DefaultSelector() as selector:
+            for descriptor in (
+                outcome_fd,
+                child_ended,
+                self._launcher.fileno(),
+                self._server_alive,
+            ):
+                selector.register(descriptor, selectors.EVENT_READ)
+            tree.reap()
+            while not tree.gone:
+                patience = tree.enforce()
+                if patience is None and deadline is not None:
+                    patience = max(deadline - time.monotonic(), 0.0)
+                for key, _ in selector.select(patience):
+                    if key.fd == outcome_fd:
+                        self._take_outcome(outcome)
+                        if outcome.closed:
+                            selector.unregister(outcome_fd)
+                    elif key.fd == child_ended:
+                        os.read(child_ended, 4096)
+                    else:
+                        self._take_orders(key.fd, tree)
+                        if key.fd == self._server_alive or self._commands.closed:
+                            selector.unregister(key.fd)
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._end(tree, Reason.TIMEOUT)
+                    deadline = None
+                tree.reap()
+        self._take_outcome(outcome)
+
+    def _take_outcome(self, inbox: Inbox) -> None:
+        for message in inbox.receive():
+            self._outcome = message
+
+    def _take_orders(self, descriptor: int, tree: JobTree) -> None:
+        if descriptor == self._server_alive:
+            self._end(tree, Reason.SERVER_DIED)
+            return
+        for message in self._commands.receive():
+            if isinstance(message, Stop):
+                if self._reason is not None:
+                    tree.end_now()
+                self._end(tree, Reason.STOPPED)
+        if self._commands.closed:
+            self._end(tree, Reason.LAUNCHER_DIED)
+
+    def _end(self, tree: JobTree, reason: Reason) -> None:
+        # A job that has ended by itself keeps its outcome, whatever happens while its
+        # left-over processes are being ended.
+        if tree.returncode is None and self._reason is None:
+            self._reason = reason
+        tree.ask_to_end()
+
+    def _finish(self, running: RunRecord, returncode: int) -> None:
+        outcome = self._outcome
+        state = self._reason.state if self._reason else final_state(outcome, returncode)
+        ended_at = time.time()
+        record = running.advance(
+            state,
+            returncode=returncode,
+            return_value=outcome.return_value if outcome else None,
+            error=None if state is RunState.COMPLETED else self._error(returncode),
+            ended_at=ended_at,
+            duration_seconds=round(ended_at - (running.started_at or ended_at), 3),
+            metrics=outcome.metrics if outcome else last_metrics(self._run),
+        )
+        warning = self._write(record) or (outcome.warning if outcome else "")
+        self._send(Ended(record, outcome.value if outcome else None, warning))
+
+    def _error(self, returncode: int) -> ErrorInfo:
+        if self._reason is not None:
+            return ErrorInfo(self._reason.name, f"the run was ended because {self._reason.value}")
+        if self._outcome is not None and self._outcome.error is not None:
+            return self._outcome.error
+        return ErrorInfo(
+            "ProcessDied", how_it_ended(returncode, returned=self._outcome is not None)
+        )
+
+    def _write(self, record: RunRecord) -> str:
+        """Write the final record; a disk that is full for a moment is given a few."""
+        for pause in (*_WRITE_RETRIES_S, None):
+            try:
+                self._run.write(record)
+            except OSError as error:
+                if pause is None:
+                    return (
+                        f"{self._run.record} could not be written ({error.strerror}); the run "
+                        f"ended as {record.state.value} but will read as LOST and be run again"
+                    )
+                time.sleep(pause)
+            else:
+                break
+        return ""
+
+    def _send(self, message: Any) -> None:
+        # A dead launcher needs no answer: the record has it.
+        with contextlib.suppress(OSError):
+            self._launcher.sendall(pack(message))
+
+
+def how_it_ended(returncode: int, *, returned: bool) -> str:
+    """A sentence on the end of a process that did not say goodbye."""
+    when = "after its task had returned" if returned else "before its task returned"
+    if returncode >= 0:
+        return f"the process exited with status {returncode} {when}"
+    name = signal.Signals(-returncode).name if -returncode in _SIGNALS else "an unknown signal"
+    hint = " (out of memory, or killed by hand)" if -returncode == signal.SIGKILL else ""
+    return f"the process was killed by {name}{hint} {when}"
+
+
+_SIGNALS = {int(number) for number in signal.Signals}
+
+
+def wake_up_on(number: signal.Signals) -> int:
+    """A descriptor that becomes readable when the signal arrives."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.signal(number, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader

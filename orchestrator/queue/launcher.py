@@ -1,0 +1,225 @@
+"""The body of ``hydra/launcher=gpu_queue``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.queue.assign import Slots
+from orchestrator.queue.gpus import Gpu, choose_gpus, list_gpus
+from orchestrator.queue.link import ServerLink, forked_server, spawned_server
+from orchestrator.queue.plan import Planner, writable_directory
+from orchestrator.queue.progress import SettingsCount, make_progress
+from orchestrator.queue.scheduler import Context, Scheduler
+from orchestrator.queue.signals import StopSignals
+from orchestrator.queue.start_method import choose
+from orchestrator.queue.task import Task
+from orchestrator.sweep.compose import Composer
+from orchestrator.sweep.errors import SweepError
+from orchestrator.sweep.points import Points
+from orchestrator.sweeps import Sweep, code_change
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from hydra.core.utils import JobReturn
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+    from orchestrator.queue.progress import Progress
+    from orchestrator.queue.settings import GpuQueueSettings
+
+
+class GpuQueue:
+    """Everything between Hydra's ``setup`` and the end of its last ``launch``."""
+
+    def __init__(
+        self,
+        settings: GpuQueueSettings,
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+    ) -> None:
+        self._settings = settings
+        self._config = config
+        self._task = Task(task_function, hydra_context.callbacks)
+        self._composer = Composer(hydra_context.config_loader, config)
+        for name in _names(settings.preload):
+            _import(name)
+        # Before a sweeper computes, a thread starts or NVML is touched.
+        self._method, self._method_reason = choose(settings.start_method)
+        self._server = self._make_server()
+        self._told = False
+
+    def _make_server(self) -> ServerLink:
+        if self._method == "fork":
+            return forked_server(self._task, self._composer)
+        return spawned_server()
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> list[JobReturn]:
+        """Run the jobs; one JobReturn each, in the order given.
+
+        Raises:
+            SweepError: the settings ask for what this machine has not, or the outputs
+                directory cannot be written.
+            SystemExit: a signal ended the sweep.
+        """
+        composer = self._composer
+        if isinstance(job_overrides, Points) and job_overrides.composer is not None:
+            composer = job_overrides.composer
+        planner = self._planner(composer)
+        self._check(planner.sweep_dir)
+        slots, where = self._slots()
+        results_file = planner.results.results_file
+        sweep = Sweep(
+            planner.sweep_dir,
+            overrides=tuple(str(word) for word in self._config.hydra.overrides.task),
+            axes=_axes(job_overrides),
+            total=len(job_overrides),
+            results_file=None if results_file is None else _absolute(results_file),
+        )
+        sweep.write()
+        progress = make_progress(
+            len(job_overrides), SettingsCount(job_overrides, planner.results.seed_key)
+        )
+        self._tell(progress, where, planner.sweep_dir)
+        context = Context(
+            composer=composer,
+            planner=planner,
+            sweep=sweep,
+            slots=slots,
+            threads=self._settings.threads or max(1, cores() // slots.size),
+            progress=progress,
+            make_server=self._make_server,
+            server=self._server,
+        )
+        with StopSignals() as signals:
+            scheduler = Scheduler(job_overrides, initial_job_idx, context, signals)
+            try:
+                scheduler.run()
+            finally:
+                self._server = context.server
+                progress.close()
+            self._finish(scheduler, context, signals)
+        return [result for result in scheduler.returns if result is not None]
+
+    def _planner(self, composer: Composer) -> Planner:
+        shipper = None
+        if self._method == "spawn":
+            from orchestrator.queue.spawn import Shipper
+
+            shipper = Shipper(self._task)
+        return Planner(composer, self._config, self._settings, shipper)
+
+    def _check(self, sweep_dir: Path) -> None:
+        try:
+            writable_directory(sweep_dir)
+        except OSError as error:
+            msg = (
+                f"The outputs directory {sweep_dir} cannot be written ({error.strerror}). "
+                "Choose another with hydra.sweep.dir=PATH."
+            )
+            raise SweepError(msg) from error
+
+    def _slots(self) -> tuple[Slots, str]:
+        settings = self._settings
+        gpus, why_none = self._gpus()
+        for name in ("max_processes", "max_processes_per_gpu"):
+            value = getattr(settings, name)
+            if value is not None and value < 1:
+                msg = f"hydra.launcher.{name} is {value}; expected at least 1."
+                raise SweepError(msg)
+        if gpus:
+            room = len(gpus) * settings.max_processes_per_gpu
+            size = min(room, settings.max_processes or room)
+            names = ", ".join(f"{gpu.index} ({gpu.name} {gpu.uuid})" for gpu in gpus)
+            return Slots(gpus, settings.max_processes_per_gpu, size), f"GPUs {names}"
+        size = settings.max_processes or cores()
+        return Slots([], 1, size), f"CPU, for want of GPUs: {why_none}"
+
+    def _gpus(self) -> tuple[list[Gpu], str]:
+        wanted = self._settings.gpus
+        if not isinstance(wanted, (str, int)) and not list(wanted or []):
+            return [], "hydra.launcher.gpus is empty"
+        found, why_none = list_gpus()
+        mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen = choose_gpus(wanted, found, mask)
+        if found and not chosen:
+            why_none = f"CUDA_VISIBLE_DEVICES={mask} allows none of the {len(found)}"
+        return chosen, why_none
+
+    def _tell(self, progress: Progress, where: str, sweep_dir: Path) -> None:
+        if not self._told:
+            progress.say(f"Jobs start by {self._method}: {self._method_reason}.")
+            progress.say(f"Running on {where}.")
+        progress.say(f"{progress.total} runs, outputs in {sweep_dir}")
+        self._told = True
+
+    def _finish(self, scheduler: Scheduler, context: Context, signals: StopSignals) -> None:
+        progress, sweep = context.progress, context.sweep
+        stopped = bool(signals.received)
+        path = sweep.write_results(complete=not stopped)
+        states = {state.value: count for state, count in progress.states.items()}
+        sweep.write(ended=True, states={**states, "SKIPPED": progress.skipped})
+        if progress.skipped:
+            change = code_change((r.versions for r in scheduler.answered_by), sweep.versions)
+            notes = "; ".join(filter(None, (change, f"run again with {self._no_resume()}")))
+            progress.say(f"{progress.skipped} of {progress.total} done already; {notes}")
+        if not stopped:
+            counts = ", ".join(f"{n} {state.lower()}" for state, n in sorted(states.items()))
+            progress.say(f"All runs ended ({counts or 'nothing was left to run'}). Results: {path}")
+            return
+        left = progress.total - progress.ended
+        progress.say(
+            f"Stopped: {states.get('CANCELLED', 0)} running jobs were ended, {left} were not "
+            f"started. Results so far: {path}. The same command again runs what is missing."
+        )
+        raise SystemExit(128 + signals.received[0])
+
+    def _no_resume(self) -> str:
+        # Our own app has a short name for it.
+        short = self._config.get("resume") is not None
+        return "resume=false" if short else "hydra.callbacks.results.resume=false"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _absolute(path: str) -> Path:
+    from pathlib import Path
+
+    return Path(path).absolute()
+
+
+def _axes(points: Sequence[Sequence[str]]) -> dict[str, Any]:
+    if not isinstance(points, Points):
+        return {}
+    return {key: [text.split("=", 1)[-1] for text in values] for key, values in points.axes}
+
+
+def _names(preload: Any) -> list[str]:
+    if not preload:
+        return []
+    return [preload] if isinstance(preload, str) else [str(name) for name in preload]
+
+
+def _import(name: str) -> None:
+    """Import the module that a dotted name lies in; the job reports it if that fails."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        except Exception:  # noqa: BLE001 - the job meets the same error, and reports it
+            return
+        return

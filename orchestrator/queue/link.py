@@ -1,0 +1,134 @@
+"""The launcher's ends of its connections: to the job server, and to each job's keeper."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import warnings
+import weakref
+from typing import TYPE_CHECKING
+
+from orchestrator.queue.wire import Inbox, JobRequest, Stop, pack, send_with_fd
+
+if TYPE_CHECKING:
+    from orchestrator.queue.task import Task
+    from orchestrator.sweep.compose import Composer
+
+# A later server must not hold an earlier one's connections: their ends would never be seen.
+_open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+class JobLink:
+    """The connection to one job's keeper."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.inbox = Inbox(connection.fileno())
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.sendall(pack(Stop()))
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class ServerLink:
+    """The connection to a job server; closing it (or losing this process) ends the server."""
+
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        self._connection = connection
+        self._close = weakref.finalize(self, _close, connection, pid)
+
+    def start(self, request: JobRequest) -> JobLink:
+        """Have a job started.
+
+        Raises:
+            OSError: the server is dead.
+        """
+        ours, theirs = _socket_pair()
+        try:
+            with theirs:
+                send_with_fd(self._connection, request, theirs.fileno())
+        except OSError:
+            ours.close()
+            raise
+        return JobLink(ours)
+
+    def close(self) -> None:
+        self._close()
+
+
+def _close(connection: socket.socket, pid: int) -> None:
+    connection.close()
+    with contextlib.suppress(ChildProcessError, OSError):
+        os.waitpid(pid, 0)
+
+
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    pair = socket.socketpair()
+    _open_sockets.update(pair)
+    return pair
+
+
+def forked_server(task: Task, composer: Composer) -> ServerLink:
+    """Fork the job server off this process."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or every child would print it again
+    ours, theirs = _socket_pair()
+    with warnings.catch_warnings():
+        # Python 3.12 warns of any thread; `start_method` has looked at them more closely.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        _become_server(theirs, task, composer)
+    theirs.close()
+    return ServerLink(ours, pid)
+
+
+def _become_server(launcher: socket.socket, task: Task, composer: Composer) -> None:
+    try:
+        for other in list(_open_sockets):
+            if other is not launcher:
+                other.close()
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for target in (0, 1):
+            os.dup2(null, target)
+        from orchestrator.queue.forked import forked_body
+        from orchestrator.queue.server import serve
+
+        serve(
+            launcher,
+            forked_body(task, composer),
+            lambda request: composer.prepare(list(request.overrides)),
+        )
+    finally:
+        os._exit(0)
+
+
+def spawned_server() -> ServerLink:
+    """Start the job server as a fresh interpreter."""
+    from orchestrator.queue.spawn import anonymous_file, interpreter
+
+    ours, theirs = _socket_pair()
+    descriptor = theirs.fileno()
+    stream = anonymous_file(pickle.dumps(sys.path), pickle.dumps(descriptor))
+    process = subprocess.Popen(
+        interpreter("server_main", stream),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        pass_fds=(stream, descriptor),
+        start_new_session=True,
+    )
+    os.close(stream)
+    theirs.close()
+    process.returncode = 0  # the link reaps it; the handle must not complain that it lives
+    return ServerLink(ours, process.pid)

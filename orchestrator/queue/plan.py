@@ -1,0 +1,172 @@
+"""From a point of the sweep to a job: who it is, where it goes, whether it is done already."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from orchestrator.identity import RESOLVER, Identity, identify, results_settings
+from orchestrator.queue.task import number_job, output_dir
+from orchestrator.queue.wire import JobRequest
+from orchestrator.record import RunRecord, RunState
+from orchestrator.store import RunDir, completed_by_fingerprint, own_directory
+from orchestrator.sweeps import rerun_command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from orchestrator.queue.assign import Slot
+    from orchestrator.queue.settings import GpuQueueSettings
+    from orchestrator.queue.spawn import Shipper
+    from orchestrator.sweep.compose import Composer
+    from orchestrator.sweeps import Sweep
+
+_NAMED_SUBDIR = "${" + RESOLVER + ":${hydra.sweep.dir}}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One point, identified and placed."""
+
+    index: int
+    num: int
+    overrides: tuple[str, ...]
+    who: Identity
+    directory: Path
+    # The record that answers, where the run is done already.
+    done: RunRecord | None = None
+
+
+class Planner:
+    """Plans the points of one launch.
+
+    Args:
+        composer: composes the points.
+        config: the sweep's own config.
+        launcher: the settings of the queue.
+        shipper: packs jobs for fresh interpreters; None where jobs are forked.
+    """
+
+    def __init__(
+        self,
+        composer: Composer,
+        config: DictConfig,
+        launcher: GpuQueueSettings,
+        shipper: Shipper | None,
+    ) -> None:
+        self.results = results_settings(config.hydra)
+        self._composer = composer
+        self._config = config
+        self._launcher = launcher
+        self._shipper = shipper
+        self._hydra_overrides = [str(word) for word in config.hydra.overrides.hydra]
+        self._named = _is_named(config)
+
+    @property
+    def resume(self) -> bool:
+        return bool(self.results.resume)
+
+    @cached_property
+    def sweep_dir(self) -> Path:
+        return Path(str(self._config.hydra.sweep.dir)).absolute()
+
+    @cached_property
+    def _done(self) -> dict[str, Path]:
+        return completed_by_fingerprint(self.sweep_dir) if self.resume else {}
+
+    def plan(self, index: int, num: int, overrides: Sequence[str]) -> Plan:
+        """Identify a point and give it a directory, made and owned.
+
+        Raises:
+            Exception: Hydra's own, where the point cannot be composed.
+            OSError: its directory cannot be made.
+        """
+        if self._named:
+            config = self._composer.task_config(overrides)
+        else:
+            config = self._composer.compose(overrides)
+            number_job(config, num)
+        who = identify(config, overrides, self.results)
+        done = self._recorded(who)
+        if done is not None:
+            return Plan(index, num, tuple(overrides), who, done[0], done[1])
+        wanted = self.sweep_dir / who.name if self._named else output_dir(config)
+        directory = own_directory(wanted, who.fingerprint)
+        return Plan(index, num, tuple(overrides), who, directory)
+
+    def _recorded(self, who: Identity) -> tuple[Path, RunRecord] | None:
+        path = self._done.get(who.fingerprint)
+        record = RunDir(path).try_read() if path else None
+        if path is None or record is None or record.state is not RunState.COMPLETED:
+            return None
+        return path, record
+
+    def request(self, plan: Plan, slot: Slot, threads: int, sweep: Sweep) -> JobRequest:
+        """The job for a plan, on a slot."""
+        gpu = slot.gpu
+        record = RunRecord(
+            model_name=plan.directory.name if self._named else plan.who.name,
+            sweep_id=sweep.sweep_id,
+            index=plan.num,
+            overrides=plan.overrides,
+            hyperparams=plan.who.hyperparams,
+            fingerprint=plan.who.fingerprint,
+            seed=plan.who.seed,
+            state=RunState.PENDING,
+            gpu_id=gpu.index if gpu else None,
+            gpu_uuids=(gpu.uuid,) if gpu else (),
+            command=self._command(plan.overrides),
+            versions=sweep.versions,
+        )
+        return JobRequest(
+            num=plan.num,
+            overrides=plan.overrides,
+            directory=str(plan.directory),
+            record=record,
+            resume=self.resume,
+            env=slot.env,
+            threads=threads,
+            timeout_s=self._launcher.timeout_s,
+            kill_grace_s=self._launcher.kill_grace_s,
+            payload=self._payload(plan),
+        )
+
+    def _command(self, overrides: Sequence[str]) -> str:
+        words = self._hydra_overrides
+        if self.resume and "results" in (self._config.hydra.callbacks or {}):
+            key = "hydra.callbacks.results.resume"
+            words = [*(word for word in words if not word.startswith(key)), f"{key}=false"]
+        return rerun_command(overrides, words)
+
+    def _payload(self, plan: Plan) -> bytes | None:
+        if self._shipper is None:
+            return None
+        config = self._composer.compose(plan.overrides)
+        number_job(config, plan.num)
+        return self._shipper.pack(config)
+
+
+def _is_named(config: DictConfig) -> bool:
+    """Whether directories follow from names alone, so that no point needs Hydra's own node."""
+    sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    assert isinstance(sweep, dict)
+    root = re.sub(r"\$\{now:[^}]*\}", "", str(sweep["dir"]))
+    return sweep["subdir"] == _NAMED_SUBDIR and "${" not in root
+
+
+def writable_directory(path: Path) -> None:
+    """Make a directory and write in it.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".orchestrator.{os.getpid()}.tmp"
+    probe.touch()
+    probe.unlink()

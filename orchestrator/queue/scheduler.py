@@ -1,0 +1,289 @@
+"""One launch: an event loop that fills slots with jobs until every point has its answer."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.processes import is_alive
+from orchestrator.queue.returns import QueueJobReturn
+from orchestrator.queue.wire import Busy, Ended, Exited, Started
+from orchestrator.record import ErrorInfo, RunRecord, RunState
+from orchestrator.store import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from orchestrator.queue.assign import Slot, Slots
+    from orchestrator.queue.link import JobLink, ServerLink
+    from orchestrator.queue.plan import Plan, Planner
+    from orchestrator.queue.progress import Progress
+    from orchestrator.queue.signals import StopSignals
+    from orchestrator.queue.wire import JobRequest
+    from orchestrator.sweep.compose import Composer
+    from orchestrator.sweeps import Sweep
+
+# How long after a run was seen in another launcher's hands it is looked at again.
+_BUSY_INTERVAL_S = 0.5
+_MAX_SERVER_DEATHS = 3
+
+
+@dataclass
+class _Job:
+    """A job between its start and its final record."""
+
+    plan: Plan
+    slot: Slot | None
+    link: JobLink
+    request: JobRequest
+    pid: int | None = None
+    answered: bool = False
+
+
+@dataclass
+class Context:
+    """What a scheduler works with; all of it is replaced easily in a test."""
+
+    composer: Composer
+    planner: Planner
+    sweep: Sweep
+    slots: Slots
+    threads: int
+    progress: Progress
+    make_server: Callable[[], ServerLink]
+    server: ServerLink
+    clock: Callable[[], float] = time.monotonic
+
+
+class Scheduler:
+    """Runs the points of one launch.
+
+    Args:
+        points: the override lists, possibly lazy; each is looked at once.
+        first_num: Hydra's number of the first.
+        context: what to work with.
+        signals: says when to stop.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[Sequence[str]],
+        first_num: int,
+        context: Context,
+        signals: StopSignals,
+    ) -> None:
+        self._coming: Iterator[tuple[int, Sequence[str]]] = iter(enumerate(points))
+        self._first_num = first_num
+        self._context = context
+        self._signals = signals
+        self._selector = selectors.DefaultSelector()
+        self._jobs: dict[int, _Job] = {}
+        self._exhausted = False
+        self._next: Plan | None = None
+        # Runs that are in another launcher's hands, or earlier in this sweep, until when.
+        self._later: deque[tuple[float, Plan]] = deque()
+        self._first_in: dict[str, int] = {}
+        self._server_deaths = 0
+        self.returns: list[QueueJobReturn | None] = [None] * len(points)
+        self.answered_by: list[RunRecord] = []
+
+    @property
+    def stopping(self) -> bool:
+        return bool(self._signals.received)
+
+    def run(self) -> None:
+        """Go on until every point is answered, or until a signal has ended every job."""
+        self._selector.register(self._signals, selectors.EVENT_READ)
+        try:
+            while True:
+                self._fill()
+                if not self._jobs and (self.stopping or self._nothing_left()):
+                    break
+                self._wait()
+        finally:
+            for job in self._jobs.values():
+                job.link.stop()
+            self._selector.close()
+
+    def _nothing_left(self) -> bool:
+        return self._exhausted and self._next is None and not self._later
+
+    # --- starting ---
+
+    def _fill(self) -> None:
+        while not self.stopping:
+            plan = self._take_plan()
+            if plan is None:
+                return
+            slot = self._context.slots.take()
+            if slot is None:
+                self._next = plan
+                return
+            self._start(plan, slot)
+
+    def _take_plan(self) -> Plan | None:
+        """The next plan that needs a job; those that are answered already are dealt with."""
+        if self._next is not None:
+            plan, self._next = self._next, None
+            return plan
+        while (point := next(self._coming, None)) is not None:
+            plan = self._plan(*point)
+            if plan is not None:
+                return plan
+        self._exhausted = True
+        if self._later and self._later[0][0] <= self._context.clock():
+            return self._later.popleft()[1]
+        return None
+
+    def _plan(self, index: int, overrides: Sequence[str]) -> Plan | None:
+        num = self._first_num + index
+        try:
+            plan = self._context.planner.plan(index, num, overrides)
+        except Exception as error:  # noqa: BLE001 - the point's own failure; the others go on
+            self._cannot_start(index, num, overrides, error)
+            return None
+        if plan.done is not None:
+            self._answer(plan, plan.done)
+            return None
+        first = self._first_in.setdefault(str(plan.directory), index)
+        if first != index:
+            self._repeat(plan, first)
+            return None
+        self._context.sweep.add_run(num, plan.directory)
+        return plan
+
+    def _cannot_start(
+        self, index: int, num: int, overrides: Sequence[str], error: Exception
+    ) -> None:
+        result = QueueJobReturn(self._context.composer, overrides, num, "")
+        result.fail(error)
+        self.returns[index] = result
+        info = ErrorInfo(type(error).__name__, str(error))
+        record = RunRecord(model_name=" ".join(overrides), state=RunState.FAILED, error=info)
+        self._context.progress.end(index, overrides, record, str(self._context.sweep.root))
+
+    def _start(self, plan: Plan, slot: Slot) -> None:
+        context = self._context
+        request = context.planner.request(plan, slot, context.threads, context.sweep)
+        try:
+            link = context.server.start(request)
+        except OSError:
+            self._restart_server()
+            link = context.server.start(request)
+        self._jobs[plan.index] = _Job(plan, slot, link, request)
+        self._selector.register(link, selectors.EVENT_READ, plan.index)
+        context.progress.start(plan.index, request.record.model_name, str(slot))
+
+    def _restart_server(self) -> None:
+        self._server_deaths += 1
+        if self._server_deaths > _MAX_SERVER_DEATHS:
+            msg = f"the job server died {self._server_deaths} times; see the messages above"
+            raise RuntimeError(msg)
+        self._context.progress.say("The job server died; starting another for what is left.")
+        self._context.server.close()
+        self._context.server = self._context.make_server()
+
+    # --- waiting ---
+
+    def _wait(self) -> None:
+        for key, _ in self._selector.select(self._patience()):
+            if key.fileobj is self._signals:
+                self._signals.drain()
+                for job in self._jobs.values():
+                    job.link.stop()
+            else:
+                self._hear(self._jobs[key.data])
+        self._context.progress.tick()
+
+    def _patience(self) -> float | None:
+        waits = [self._context.progress.interval()]
+        if self._later and self._exhausted:
+            waits.append(max(self._later[0][0] - self._context.clock(), 0.01))
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _hear(self, job: _Job) -> None:
+        for message in job.link.inbox.receive():
+            self._take(job, message)
+        if job.link.inbox.closed:
+            self._release(job)
+            del self._jobs[job.plan.index]
+            self._selector.unregister(job.link)
+            job.link.close()
+            if not job.answered:
+                self._bury(job)
+
+    def _take(self, job: _Job, message: Any) -> None:
+        if isinstance(message, Started):
+            job.pid = message.pid
+        elif isinstance(message, Exited):
+            # The next job starts before this one's record is written.
+            self._release(job)
+            self._fill()
+        elif isinstance(message, Busy):
+            job.answered = True
+            self._context.progress.running.pop(job.plan.index, None)
+            if not self._later:
+                name = job.request.record.model_name
+                self._context.progress.say(f"{name} is being run by another launcher; waiting.")
+            self._later.append((self._context.clock() + _BUSY_INTERVAL_S, job.plan))
+        elif isinstance(message, Ended):
+            job.answered = True
+            self._end(job, message)
+
+    def _release(self, job: _Job) -> None:
+        if job.slot is not None:
+            self._context.slots.give_back(job.slot)
+            job.slot = None
+
+    # --- ending ---
+
+    def _result(self, plan: Plan) -> QueueJobReturn:
+        result = QueueJobReturn(
+            self._context.composer, plan.overrides, plan.num, str(plan.directory)
+        )
+        self.returns[plan.index] = result
+        return result
+
+    def _answer(self, plan: Plan, record: RunRecord) -> None:
+        """A finished run answers; nothing is started."""
+        self._context.sweep.add_run(plan.num, plan.directory)
+        self._result(plan).take(record, None)
+        self.answered_by.append(record)
+        self._context.progress.skip(plan.overrides)
+
+    def _repeat(self, plan: Plan, first: int) -> None:
+        """The same run was asked for twice in one sweep: it is run once and answers both."""
+        result = self.returns[first]
+        if result is None:
+            self._later.append((self._context.clock() + _BUSY_INTERVAL_S, plan))
+            return
+        self.returns[plan.index] = result
+        self._context.progress.skip(plan.overrides)
+
+    def _end(self, job: _Job, message: Ended) -> None:
+        if message.skipped:
+            self._context.progress.running.pop(job.plan.index, None)
+            self._answer(job.plan, message.record)
+            return
+        self._result(job.plan).take(message.record, message.value)
+        if message.warning:
+            self._context.progress.say(f"{message.record.model_name}: {message.warning}")
+        directory = str(job.plan.directory)
+        self._context.progress.end(job.plan.index, job.plan.overrides, message.record, directory)
+        self._context.sweep.write_partial_now_and_then()
+
+    def _bury(self, job: _Job) -> None:
+        """The keeper was killed: nobody else will write this run's final record."""
+        while job.pid is not None and is_alive(job.pid, None):
+            time.sleep(0.01)  # it dies with its keeper
+        run = RunDir(job.plan.directory)
+        record = run.try_read()
+        if record is None or record.state.is_final:
+            record = job.request.record
+        error = ErrorInfo("KeeperDied", "the process that looked after the run was killed")
+        record = record.advance(RunState.LOST, ended_at=time.time(), error=error)
+        run.write(record)
+        self._end(job, Ended(record))

@@ -1,0 +1,204 @@
+"""Jobs as fresh interpreters: what is shipped to one, and how one starts.
+
+Used where a fork is not safe. The task's module is imported again, as `multiprocessing`
+does for spawned processes; only a task that cannot be found again by name is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from orchestrator.queue.job import exit_on_sigterm, give_up, set_up_process, work
+from orchestrator.queue.wire import JobRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from omegaconf import DictConfig
+
+    from orchestrator.queue.task import Task
+    from orchestrator.record import RunRecord
+
+# The path of modules must be set before anything of ours can be imported.
+_START = (
+    "import os, sys, pickle; stream = os.fdopen(int(sys.argv[1]), 'rb');"
+    "sys.path[:] = pickle.load(stream);"
+    "from orchestrator.queue.spawn import {function}; {function}(stream)"
+)
+
+
+def interpreter(function: str, descriptor: int) -> list[str]:
+    """The command that calls a function of this module with an inherited descriptor."""
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # noqa: SLF001
+    return [sys.executable, *flags, "-c", _START.format(function=function), str(descriptor)]
+
+
+def anonymous_file(*parts: bytes) -> int:
+    """A descriptor at the start of an unnamed file with this content, for a child to inherit."""
+    with tempfile.TemporaryFile(buffering=0) as file:
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                view = view[file.write(view) or 0 :]
+        file.seek(0)
+        descriptor = os.dup(file.fileno())
+    os.set_inheritable(descriptor, True)
+    return descriptor
+
+
+# --- in the launcher ---
+
+
+class Shipper:
+    """Packs what a fresh interpreter needs; the part that all jobs share is packed once."""
+
+    def __init__(self, task: Task) -> None:
+        from multiprocessing.spawn import get_preparation_data
+
+        import cloudpickle
+        from hydra.core.utils import JobRuntime
+        from hydra.version import getbase
+
+        preparation = get_preparation_data("orchestrator-job")
+        for name in ("log_to_stderr", "authkey", "start_method"):
+            preparation.pop(name, None)
+        function, callbacks = _by_name(task.function), task.callbacks
+        common = {
+            "function": function or task.function,
+            "callbacks": callbacks,
+            "job_name": JobRuntime.instance().get("name"),
+            "version_base": getbase(),
+            "resolvers": _picklable_resolvers(),
+        }
+        self._common = pickle.dumps(preparation) + _framed(cloudpickle.dumps(common))
+
+    def pack(self, config: DictConfig) -> bytes:
+        """The bytes for one job: the shared part, then its composed and numbered config."""
+        import cloudpickle
+
+        return self._common + _framed(cloudpickle.dumps(config))
+
+
+def _framed(data: bytes) -> bytes:
+    # As a pickle of bytes, so that it is not opened before the modules can be imported.
+    return pickle.dumps(data)
+
+
+def _by_name(function: Callable[..., Any]) -> str | None:
+    """The qualified name of a function of ``__main__`` that can be found again, else None."""
+    name = getattr(function, "__qualname__", "")
+    found: Any = sys.modules["__main__"]
+    if getattr(function, "__module__", None) != "__main__" or not name:
+        return None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    # @hydra.main puts a wrapper in the module; the task itself is inside it.
+    while found is not None and found is not function:
+        found = getattr(found, "__wrapped__", None)
+    return name if found is function else None
+
+
+def _picklable_resolvers() -> dict[str, bytes]:
+    import cloudpickle
+    from omegaconf.basecontainer import BaseContainer
+
+    resolvers = {}
+    for name, resolver in BaseContainer._resolvers.items():  # noqa: SLF001
+        if not name.startswith("oc."):
+            # One that cannot be pickled is missed only by the jobs that use it.
+            try:
+                resolvers[name] = cloudpickle.dumps(resolver)
+            except Exception:  # noqa: BLE001, S112
+                continue
+    return resolvers
+
+
+# --- in the job server and its children ---
+
+
+def server_main(stream: Any) -> None:
+    """The job server as a fresh interpreter."""
+    import socket
+
+    from orchestrator.queue.server import serve
+
+    descriptor = pickle.load(stream)  # noqa: S301 - from our own launcher
+    serve(socket.socket(fileno=descriptor), spawned_body)
+    os._exit(0)
+
+
+def spawned_body(request: JobRequest, record: RunRecord, outcome_fd: int) -> NoReturn:
+    """Replace the forked child of the keeper by a fresh interpreter that does the job."""
+    try:
+        set_up_process(request, record)
+        slim = replace(request, payload=None)
+        payload = anonymous_file(
+            pickle.dumps(sys.path), pickle.dumps((slim, outcome_fd)), request.payload or b""
+        )
+        os.set_inheritable(outcome_fd, True)
+        command = interpreter("job_main", payload)
+        os.execv(command[0], command)
+    except BaseException as error:  # noqa: BLE001 - the last frame of the process
+        give_up(error, outcome_fd)
+
+
+def job_main(stream: Any) -> None:
+    """The job as a fresh interpreter."""
+    request, outcome_fd = pickle.load(stream)  # noqa: S301 - from our own launcher
+    os.set_inheritable(outcome_fd, False)
+    signal.signal(signal.SIGTERM, exit_on_sigterm)
+
+    def call() -> Any:
+        from orchestrator.queue.task import call_task
+
+        task, config = _unpack(stream)
+        return call_task(task, config, request.directory)
+
+    work(call, request, outcome_fd)
+
+
+def _unpack(stream: Any) -> tuple[Task, DictConfig]:
+    from multiprocessing.spawn import prepare
+
+    from hydra.core.utils import JobRuntime, setup_globals
+    from hydra.version import setbase
+
+    from orchestrator.queue.task import Task
+
+    prepare(pickle.load(stream))  # noqa: S301
+    common = pickle.loads(pickle.load(stream))  # noqa: S301
+    setup_globals()
+    setbase(common["version_base"])
+    JobRuntime.instance().set("name", common["job_name"])
+    _restore_resolvers(common["resolvers"])
+    function = common["function"]
+    if isinstance(function, str):
+        function = _find_in_main(function)
+    config = pickle.loads(pickle.load(stream))  # noqa: S301
+    return Task(function, common["callbacks"]), config
+
+
+def _restore_resolvers(resolvers: dict[str, bytes]) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.basecontainer import BaseContainer
+
+    for name, data in resolvers.items():
+        if not OmegaConf.has_resolver(name):
+            BaseContainer._resolvers[name] = pickle.loads(data)  # noqa: SLF001, S301
+
+
+def _find_in_main(name: str) -> Callable[..., Any]:
+    found: Any = sys.modules["__main__"]
+    for part in name.split("."):
+        found = getattr(found, part)
+    while hasattr(found, "__wrapped__"):
+        found = found.__wrapped__
+    function: Callable[..., Any] = found
+    return function

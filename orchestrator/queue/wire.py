@@ -1,0 +1,161 @@
+"""What launcher, job server, keeper and job say to each other.
+
+All four are processes of one sweep on one machine, connected by socket pairs that nobody
+else can reach; nothing of this is ever written to a file.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.record import ErrorInfo, RunRecord, RunState
+
+_HEADER = struct.Struct("!Q")
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One run for the job server to start."""
+
+    # Hydra's number of the job, and its overrides as typed.
+    num: int
+    overrides: tuple[str, ...]
+    directory: str
+    # The record to be, still PENDING; it holds name, fingerprint, device and command.
+    record: RunRecord
+    # Whether a COMPLETED record with the same fingerprint answers instead.
+    resume: bool
+    # Variables to set (or, None, to remove) before the task runs.
+    env: dict[str, str | None] = field(default_factory=dict)
+    threads: int = 1
+    timeout_s: float | None = None
+    kill_grace_s: float = 10.0
+    # For a fresh interpreter: what it needs to find and call the task.
+    payload: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Launcher to keeper: end the job. Said twice, it means at once."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """Keeper to launcher: the job runs."""
+
+    pid: int
+    started_at: float
+
+
+@dataclass(frozen=True)
+class Exited:
+    """Keeper to launcher: no process of the job is left; its slot is free."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Keeper to launcher: another process works in this run's directory."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Keeper to launcher: the final record, and what Hydra's contract wants beside it."""
+
+    record: RunRecord
+    # The pickled return value, or the pickled exception; None where there is none.
+    value: bytes | None = None
+    # Something that the user must hear although it did not decide the state.
+    warning: str = ""
+    # Whether an earlier attempt answered and nothing ran.
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Job to keeper: how the task function ended, as seen from inside."""
+
+    completed: bool
+    return_value: Any = None
+    value: bytes | None = None
+    error: ErrorInfo | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    warning: str = ""
+
+
+def final_state(outcome: Outcome | None, returncode: int) -> RunState:
+    """COMPLETED needs both: the task returned, and its process then ended cleanly."""
+    finished = outcome is not None and outcome.completed and returncode == 0
+    return RunState.COMPLETED if finished else RunState.FAILED
+
+
+def pack(message: Any) -> bytes:
+    body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return _HEADER.pack(len(body)) + body
+
+
+class Inbox:
+    """Puts messages together from the bytes of a descriptor, without ever blocking on one."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.closed = False
+        self._buffer = bytearray()
+
+    def receive(self) -> list[Any]:
+        """The messages that one read completes; `closed` tells that the other end is gone."""
+        try:
+            data = os.read(self.descriptor, 1 << 20)
+        except (BlockingIOError, InterruptedError):
+            return []
+        except OSError:
+            data = b""
+        if not data:
+            self.closed = True
+        self._buffer += data
+        messages = []
+        while len(self._buffer) >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer)
+            end = _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(pickle.loads(memoryview(self._buffer)[_HEADER.size : end]))  # noqa: S301
+            del self._buffer[:end]
+        return messages
+
+
+def send_with_fd(connection: socket.socket, message: Any, descriptor: int) -> None:
+    """Send a message and, with its first byte, a file descriptor."""
+    data = pack(message)
+    socket.send_fds(connection, [data[:1]], [descriptor])
+    connection.sendall(data[1:])
+
+
+def receive_with_fd(connection: socket.socket) -> tuple[Any, int] | None:
+    """The next message and its descriptor; None when the other end is gone."""
+    first, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+    if not first:
+        return None
+    header = first + receive_exactly(connection, _HEADER.size - 1)
+    (length,) = _HEADER.unpack(header)
+    body = receive_exactly(connection, length)
+    return pickle.loads(body), descriptors[0]  # noqa: S301 - from our own launcher
+
+
+def receive_exactly(connection: socket.socket, length: int) -> bytes:
+    """Read ``length`` bytes.
+
+    Raises:
+        EOFError: the other end went away in the middle.
+    """
+    data = bytearray()
+    while len(data) < length:
+        more = connection.recv(length - len(data))
+        if not more:
+            raise EOFError
+        data += more
+    return bytes(data)

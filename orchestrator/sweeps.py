@@ -1,0 +1,202 @@
+"""The sweep's own directory: what was asked, what ran it, and its results in one file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import secrets
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+import orchestrator
+from orchestrator.processes import boot_id, hostname
+from orchestrator.record import RunRecord, RunState, Versions, to_plain
+from orchestrator.store import SWEEPS, RunDir, tail, write_atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+RESULTS_NAME = "train_sweep_results.json"
+# How much of each log a results file repeats.
+_LOG_TAIL_BYTES = 2_000
+# A partial results file is written anew at most this often, and less when that is slow.
+_PARTIAL_INTERVAL_S = 10.0
+_PARTIAL_SHARE = 0.02
+
+
+def code_versions(directory: Path | str | None = None) -> Versions:
+    """What runs: interpreter, this package, and the git state of a directory (default: here)."""
+    commit = _git(directory, "rev-parse", "HEAD")
+    dirty = _git(directory, "status", "--porcelain", "--untracked-files=no") if commit else None
+    return Versions(
+        python=platform.python_version(),
+        orchestrator=orchestrator.__version__,
+        git_commit=commit or "",
+        git_dirty=None if dirty is None else bool(dirty),
+    )
+
+
+def _git(directory: Path | str | None, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *words], cwd=directory, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def program_words() -> list[str]:
+    """The words that started this program, up to its own arguments."""
+    words = list(sys.orig_argv)
+    own = len(sys.argv) - 1
+    words = words[: len(words) - own] if own else words
+    if words and words[0]:
+        words[0] = Path(words[0]).name
+    return words or ["python"]
+
+
+def rerun_command(overrides: Sequence[str], hydra_overrides: Sequence[str]) -> str:
+    """The shell line that runs one run again, alone."""
+    mode = [word for word in hydra_overrides if not word.startswith("hydra.mode=")]
+    return shlex.join([*program_words(), "-m", *mode, *overrides])
+
+
+@dataclass
+class Sweep:
+    """One sweep below an outputs directory; runs are named by their directories."""
+
+    root: Path
+    overrides: tuple[str, ...] = ()
+    axes: dict[str, Any] = field(default_factory=dict)
+    total: int = 0
+    results_file: Path | None = None
+    versions: Versions = field(default_factory=code_versions)
+    sweep_id: str = ""
+    started_at: float = field(default_factory=time.time)
+    # In the order of the sweep; paths relative to the root where they lie below it.
+    runs: dict[int, str] = field(default_factory=dict)
+    _partial_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.sweep_id:
+            stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+            self.sweep_id = f"{stamp}-{secrets.token_hex(3)}"
+
+    @property
+    def directory(self) -> Path:
+        return self.root / SWEEPS / self.sweep_id
+
+    def add_run(self, index: int, directory: Path) -> None:
+        self.runs[index] = os.path.relpath(directory, self.root)
+
+    def write(self, *, ended: bool = False, states: dict[str, int] | None = None) -> None:
+        """Write ``sweep.json``: identity, axes, command line, versions, runs."""
+        content = {
+            "schema_version": 1,
+            "sweep_id": self.sweep_id,
+            "command": shlex.join([*program_words(), *sys.argv[1:]]),
+            "cwd": os.getcwd(),  # noqa: PTH109
+            "overrides": self.overrides,
+            "axes": to_plain(self.axes),
+            "total": self.total,
+            "host": hostname(),
+            "boot_id": boot_id(),
+            "pid": os.getpid(),
+            "started_at": self.started_at,
+            "ended_at": time.time() if ended else None,
+            "states": states or {},
+            "versions": self.versions,
+            "runs": [self.runs[index] for index in sorted(self.runs)],
+        }
+        data = msgspec.json.format(msgspec.json.encode(content), indent=1)
+        write_atomic(self.directory / "sweep.json", data + b"\n")
+
+    def write_partial_now_and_then(self) -> None:
+        """Keep ``train_sweep_results.json.partial`` roughly up to date while runs end."""
+        if time.monotonic() >= self._partial_at:
+            began = time.monotonic()
+            # The runs' own records hold everything: a full disk need not end the sweep here.
+            with contextlib.suppress(OSError):
+                self.write_results(complete=False)
+            took = time.monotonic() - began
+            self._partial_at = time.monotonic() + max(_PARTIAL_INTERVAL_S, took / _PARTIAL_SHARE)
+
+    def write_results(self, *, complete: bool) -> Path:
+        """Write the results in the format of seed 002, from the records on the disk.
+
+        Args:
+            complete: every run has ended; else the name ends in ``.partial``.
+
+        Returns:
+            The file that the user asked for, or the one in the sweep's directory.
+        """
+        targets = [self.directory / RESULTS_NAME]
+        if self.results_file is not None:
+            targets.append(self.results_file)
+        data = b"[\n" + b",\n".join(self._entries()) + b"\n]\n"
+        for target in targets:
+            partial = target.with_name(target.name + ".partial")
+            write_atomic(target if complete else partial, data)
+            if complete:
+                partial.unlink(missing_ok=True)
+        return targets[-1] if complete else targets[-1].with_name(targets[-1].name + ".partial")
+
+    def _entries(self) -> Iterator[bytes]:
+        for index in sorted(self.runs):
+            run = RunDir(self.root / self.runs[index])
+            record = run.try_read()
+            if record is not None and record.state.is_final:
+                yield msgspec.json.encode(results_entry(run, record))
+
+
+def results_entry(run: RunDir, record: RunRecord) -> dict[str, Any]:
+    """One run as seed 002 writes it, with its state and directory beside that."""
+    return {
+        "model_name": record.model_name,
+        "hyperparams": to_plain(record.hyperparams),
+        "success": record.success,
+        "returncode": record.returncode,
+        "duration_seconds": record.duration_seconds,
+        "gpu_id": record.gpu_id,
+        "stdout": _text_tail(run.stdout),
+        "stderr": _text_tail(run.stderr),
+        "state": record.state.value,
+        "return_value": to_plain(record.return_value),
+        "metrics": to_plain(record.metrics),
+        "error": record.error,
+        "directory": str(run.path),
+    }
+
+
+def _text_tail(path: Path) -> str:
+    return tail(path, _LOG_TAIL_BYTES).decode("utf-8", "replace")
+
+
+def code_change(done: Iterable[Versions], now: Versions) -> str:
+    """A sentence part on how the code differs from that of finished runs; empty if it does not."""
+    here = _short(now)
+    before = sorted({_short(v) for v in done if v.git_commit} - {here})
+    if not before or not now.git_commit:
+        return ""
+    return f"code changed since: {', '.join(before)} → {here}"
+
+
+def _short(versions: Versions) -> str:
+    return versions.git_commit[:7] + ("+edits" if versions.git_dirty else "")
+
+
+def summary_counts(states: Iterable[RunState]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for state in states:
+        counts[state.value] = counts.get(state.value, 0) + 1
+    return counts
