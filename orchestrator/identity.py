@@ -21,6 +21,8 @@ from orchestrator.store import own_directory, planned_directory
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from omegaconf import Node
+
 RESOLVER = "orchestrator.run_name"
 
 
@@ -62,11 +64,12 @@ def _seed(config: DictConfig, key: str) -> int | None:
 
 def plain_task(config: DictConfig) -> dict[Any, Any]:
     """The task part of a composed config as plain containers, interpolations unresolved."""
+    content: dict[Any, Node] = config.__dict__["_content"]
     return {
         key: OmegaConf.to_container(node, resolve=False)
         if isinstance(node, (DictConfig, ListConfig))
         else node._value()  # noqa: SLF001 - the only way to a leaf that is not resolved
-        for key, node in config.items_ex(resolve=False)
+        for key, node in content.items()
         if key != "hydra"
     }
 

@@ -75,8 +75,10 @@ def _redirect(run: RunDir) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    sys.stdout = sys.__stdout__ = _text_stream(1)
-    sys.stderr = sys.__stderr__ = _text_stream(2)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = _text_stream(descriptor)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
 
 
 def _text_stream(descriptor: int) -> io.TextIOWrapper:

@@ -127,8 +127,8 @@ class Scheduler:
     def _take_plan(self) -> Plan | None:
         """The next plan that needs a job; those that are answered already are dealt with."""
         if self._next is not None:
-            plan, self._next = self._next, None
-            return plan
+            waiting, self._next = self._next, None
+            return waiting
         while (point := next(self._coming, None)) is not None:
             plan = self._plan(*point)
             if plan is not None:

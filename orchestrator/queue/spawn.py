@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator.queue.job import exit_on_sigterm, give_up, set_up_process, work
-from orchestrator.queue.wire import JobRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from orchestrator.queue.task import Task
+    from orchestrator.queue.wire import JobRequest
     from orchestrator.record import RunRecord
 
 # The path of modules must be set before anything of ours can be imported.
@@ -144,7 +144,7 @@ def spawned_body(request: JobRequest, record: RunRecord, outcome_fd: int) -> NoR
         )
         os.set_inheritable(outcome_fd, True)
         command = interpreter("job_main", payload)
-        os.execv(command[0], command)
+        os.execv(command[0], command)  # noqa: S606
     except BaseException as error:  # noqa: BLE001 - the last frame of the process
         give_up(error, outcome_fd)
 

@@ -67,9 +67,8 @@ def place_job(config: DictConfig, directory: str) -> DictConfig:
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = directory
     HydraConfig.instance().set_config(config)
-    hydra_cfg = HydraConfig.instance().cfg
-    assert isinstance(hydra_cfg, DictConfig)
-    return hydra_cfg
+    hydra_cfg: Any = HydraConfig.instance().cfg  # declared as HydraConf, but a DictConfig
+    return hydra_cfg  # type: ignore[no-any-return]
 
 
 def works_in_output_dir(hydra_cfg: DictConfig) -> bool:
