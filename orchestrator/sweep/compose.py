@@ -108,7 +108,8 @@ class Composer:
         cannot be resolved in it, and it carries no cache of resolved values.
 
         Raises:
-            Exception: what Hydra raises for these overrides, unchanged.
+            Exception: what Hydra raises for these overrides, unchanged; what only concerns the
+                ``hydra`` node, such as a missing variable of ``hydra.job.env_copy``, is not seen.
         """
         with suppress(Exception):
             plan = self._plan(overrides)
