@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 
 from orchestrator import run as current_run
 from orchestrator.identity import identify, read_settings
+from orchestrator.overrides import as_typed
 from orchestrator.processes import boot_id, hostname, own_identity
 from orchestrator.record import ErrorInfo, RunRecord, RunState, from_plain, to_plain
 from orchestrator.run import ActiveRun
@@ -81,7 +82,7 @@ class ResultsCallback(Callback):
         self, config: DictConfig, run: RunDir, earlier: RunRecord | None
     ) -> RunRecord:
         hydra = config.hydra
-        overrides = [str(text) for text in hydra.overrides.task]
+        overrides = as_typed(hydra)
         who = identify(config, overrides, self._settings)
         pid, started = own_identity()
         named = hydra.runtime.choices.get("hydra/output") == "named"
@@ -89,7 +90,7 @@ class ResultsCallback(Callback):
             model_name=run.path.name if named else who.name,
             sweep_id=os.environ.get("ORCHESTRATOR_SWEEP_ID", ""),
             index=None if "num" not in hydra.job else hydra.job.num,
-            overrides=tuple(overrides),
+            overrides=overrides,
             hyperparams=who.hyperparams,
             fingerprint=who.fingerprint,
             seed=who.seed,
@@ -100,7 +101,7 @@ class ResultsCallback(Callback):
             pid=pid,
             pid_started=started,
             started_at=time.time(),
-            command=rerun_command(overrides, [str(text) for text in hydra.overrides.hydra]),
+            command=rerun_command(overrides, as_typed(hydra, "hydra")),
             versions=code_versions(hydra.runtime.cwd),
         )
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.naming import run_name
-from orchestrator.overrides import hyperparams
+from orchestrator.overrides import as_typed, hyperparams
 from orchestrator.settings import NamingSettings, ResultsSettings
 from orchestrator.store import own_directory, planned_directory
 
@@ -140,6 +140,6 @@ def name_in_config(base: str, *, _root_: DictConfig) -> str:
     as under ``--cfg``, nothing is touched.
     """
     hydra = _root_.hydra
-    who = identify(_root_, list(hydra.overrides.task), results_settings(hydra))
+    who = identify(_root_, as_typed(hydra), results_settings(hydra))
     choose = planned_directory if OmegaConf.is_missing(hydra.job, "num") else own_directory
     return choose(Path(base) / who.name, who.fingerprint).name

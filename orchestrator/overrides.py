@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
 
 
 @lru_cache(maxsize=65_536)
@@ -24,6 +25,19 @@ def parse_override(text: str) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(text)
+
+
+def as_typed(hydra: DictConfig, kind: str = "task") -> tuple[str, ...]:
+    """The overrides that a ``hydra`` node records, their interpolations unresolved.
+
+    Args:
+        hydra: the node.
+        kind: ``task`` or ``hydra``.
+    """
+    from omegaconf import OmegaConf
+
+    texts: Any = OmegaConf.to_container(hydra.overrides[kind], resolve=False)
+    return tuple(texts)
 
 
 def hyperparams(overrides: Iterable[str], ignore: Iterable[str] = ()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.overrides import as_typed
 from orchestrator.queue.assign import Slots
 from orchestrator.queue.gpus import Gpu, choose_gpus, list_gpus
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
@@ -77,7 +78,7 @@ class GpuQueue:
         results_file = planner.results.results_file
         sweep = Sweep(
             planner.sweep_dir,
-            overrides=tuple(str(word) for word in self._config.hydra.overrides.task),
+            overrides=as_typed(self._config.hydra),
             axes=_axes(job_overrides),
             total=len(job_overrides),
             results_file=None if results_file is None else _absolute(results_file),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from orchestrator.identity import RESOLVER, Identity, identify, results_settings
+from orchestrator.overrides import as_typed
 from orchestrator.queue.task import number_job, output_dir
 from orchestrator.queue.wire import JobRequest
 from orchestrator.record import RunRecord, RunState
@@ -65,7 +66,7 @@ class Planner:
         self._config = config
         self._launcher = launcher
         self._shipper = shipper
-        self._hydra_overrides = [str(word) for word in config.hydra.overrides.hydra]
+        self._hydra_overrides = as_typed(config.hydra, "hydra")
         self._named = _is_named(config)
 
     @property
@@ -141,7 +142,7 @@ class Planner:
         words = self._hydra_overrides
         if self.resume and "results" in (self._config.hydra.callbacks or {}):
             key = "hydra.callbacks.results.resume"
-            words = [*(word for word in words if not word.startswith(key)), f"{key}=false"]
+            words = (*(word for word in words if not word.startswith(key)), f"{key}=false")
         return rerun_command(overrides, words)
 
     def _payload(self, plan: Plan) -> bytes | None:

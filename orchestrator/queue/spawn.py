@@ -74,7 +74,7 @@ class Shipper:
             "function": function or task.function,
             "callbacks": callbacks,
             "job_name": JobRuntime.instance().get("name"),
-            "version_base": getbase(),
+            "version_base": str(getbase()),
             "resolvers": _picklable_resolvers(),
         }
         self._common = pickle.dumps(preparation) + _framed(cloudpickle.dumps(common))
