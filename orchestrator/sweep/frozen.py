@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from hydra.core.object_type import ObjectType
 
 # A config folder may be a project's root with data and outputs below it. What lies beyond
-# these bounds is read, and kept from then on, when a config first asks for it.
+# these bounds is read, and kept from then on, when a config first asks for it. Launchers
+# that pickle the loader pickle these texts with every job.
 _MAX_ENTRIES = 20_000
-_MAX_BYTES = 64 * 2**20
+_MAX_BYTES = 4 * 2**20
 _MAX_DEPTH = 12
 
 
@@ -109,13 +110,14 @@ class FrozenTree:
         return self._folders[folder]
 
     def _keep_text(self, file: str) -> None:
-        if self._bytes > _MAX_BYTES:
-            return
+        path = self.absolute(file)
         try:
-            self._texts[file] = text = _read(self.absolute(file))
+            size = os.stat(path).st_size  # noqa: PTH116 - paths are plain strings here
+            if self._bytes + size <= _MAX_BYTES:
+                self._texts[file] = _read(path)
+                self._bytes += size
         except (OSError, UnicodeDecodeError):
             return  # the same error comes, with Hydra's words, if a config asks for the file
-        self._bytes += len(text)
 
     def _read_ahead(self) -> None:
         queue, seen = deque([""]), 0
@@ -210,7 +212,8 @@ class FrozenSource(ConfigSource):
         """Names of the configs and groups in a group, sorted."""
         found: list[str] = []
         for name in self._tree.names(config_path):
-            self._list_add_result(found, f"{config_path}/{name}", name, results_filter)
+            path = os.path.join(config_path, name)  # noqa: PTH118 - the root's path is ""
+            self._list_add_result(found, path, name, results_filter)
         return sorted(set(found))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenSource:
