@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from orchestrator.store import (
     RunLock,
     completed_by_fingerprint,
     find_runs,
+    last_metrics,
     observed_state,
     own_directory,
     planned_directory,
     read_bytes,
+    tail,
     write_atomic,
 )
 
@@ -160,6 +163,28 @@ def test_setting_aside_whole_leaves_only_the_claim(tmp_path):
     assert _names(run.attempts / "1") == [".hydra", "checkpoint", "run.json"]
     run.set_aside(whole=True)
     assert _names(run.attempts) == ["1"]
+
+
+def test_the_last_value_of_every_metric_is_found_in_a_curve_that_was_cut_off(tmp_path):
+    run = RunDir(tmp_path)
+    assert last_metrics(run) == {}
+    run.metrics.write_bytes(
+        b'{"step": 0, "timestamp": 1.5, "never_seen": 1}\n' * 2_000
+        + b'{"step": 1, "timestamp": 2.5, "loss": 0.5, "acc": 1}\n[1]\n\xff\n'
+        + b'{"step": 2, "loss": "Infinity", "note": "x"}\n{"step": 3, "lo'
+    )
+    found = last_metrics(run)
+    assert found == {"never_seen": 1.0, "loss": math.inf, "acc": 1.0}
+    assert list(map(type, found.values())) == [float] * 3
+
+
+def test_the_tail_of_a_file(tmp_path):
+    path = tmp_path / "file"
+    assert tail(path, 3) == b""
+    path.write_bytes(b"12345")
+    assert tail(path, 3) == b"345"
+    assert tail(path, 99) == b"12345"
+    assert tail(tmp_path, 3) == b""
 
 
 def test_a_directory_is_owned_by_one_fingerprint_for_good(tmp_path):

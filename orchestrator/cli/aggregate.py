@@ -202,7 +202,10 @@ def _print_best(comparison: Comparison) -> None:
     if row is None:
         click.echo(printable(f"no best setting: no completed run has a number as {metric}", None))
         return
-    setting = " ".join(f"{key}={shown(row.setting, key)}" for key in comparison.keys) or "all runs"
+    given = [key for key in comparison.keys if key in row.setting.hyperparams]
+    setting = " ".join(f"{key}={shown(row.setting, key)}" for key in given) or (
+        "the config's own values" if comparison.keys else "all runs"
+    )
     error = "" if math.isnan(row.standard_error) else f" ± {row.standard_error:.2g}"
     way = "highest" if comparison.mode == "max" else "lowest"
     text = f"best ({way} mean {metric}): {setting}: {row.mean:.6g}{error} (n={row.n})"
@@ -225,7 +228,7 @@ def _print_unsuccessful(runs: Sequence[FoundRun]) -> None:
     rest.sort(key=lambda run: ORDER.index(run.state.value))
     click.echo("failed and unfinished:\n")
     rows = [[run.directory, run.state.value, error_line(run) or ""] for run in rest[:_LISTED]]
-    print_table(["run", "state", "error"], rows)
+    print_table(["run", "state", "error"], rows, wide={2})
     if len(rest) > _LISTED:
         click.echo(f"... and {len(rest) - _LISTED} more (orchestrator-status lists all)")
     click.echo()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Beyond this many characters a table is hard to read; the files hold every value whole.
 CELL_LIMIT = 60
+# Sentences (errors) and lists of metrics get more room.
+WIDE_LIMIT = 160
 
 
 @contextmanager
@@ -32,7 +34,10 @@ def reported_errors() -> Iterator[None]:
 
 
 def print_table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Collection[int] = (),
+    wide: Collection[int] = (),
 ) -> None:
     """A rich table on a terminal, aligned text elsewhere.
 
@@ -40,8 +45,15 @@ def print_table(
         headers: one per column.
         rows: cells as text; control characters are escaped and long ones cut.
         right: the columns that are aligned to the right.
+        wide: the columns whose cells are cut later.
     """
-    cells = [[printable(cell) for cell in row] for row in (headers, *rows)]
+    cells = [
+        [
+            printable(cell, WIDE_LIMIT if index in wide else CELL_LIMIT)
+            for index, cell in enumerate(row)
+        ]
+        for row in (headers, *rows)
+    ]
     if sys.stdout.isatty():
         _print_rich(cells, right)
     else:

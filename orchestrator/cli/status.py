@@ -82,7 +82,7 @@ def _print(statuses: list[RunStatus]) -> None:
     rows = [_cells(status) for status in statuses]
     if not any(status.error for status in statuses):
         headers, rows = headers[:-1], [row[:-1] for row in rows]
-    print_table(headers, rows, right={3, 4})
+    print_table(headers, rows, right={3, 4}, wide={5, 6})
     click.echo()
 
 

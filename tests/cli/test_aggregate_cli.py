@@ -225,6 +225,14 @@ def test_odd_hyperparameters_neither_crash_nor_steer_the_terminal(tmp_path):
     assert set(table["a/b"]) >= {"1", "a", "1.5", "true", None, '[1, {"b": null}]', "é" * 300}
 
 
+def test_the_best_setting_names_only_what_it_was_given(tmp_path):
+    write(tmp_path / "a", hyperparams={"lr": 1}, metrics={"acc": 0.5})
+    write(tmp_path / "b", hyperparams={"lr": 2, "x": 1}, metrics={"acc": 0.4})
+    assert "best (highest mean acc): lr=1: 0.5 (n=1)" in invoke(tmp_path).output
+    write(tmp_path / "c", metrics={"acc": 0.9})
+    assert "mean acc): the config's own values: 0.9 (n=1)" in invoke(tmp_path).output
+
+
 def test_copies_of_a_run_are_pointed_out(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, fingerprint="f")
