@@ -398,13 +398,16 @@ def test_configs_of_an_installed_package_are_frozen_too(start, tmp_path, monkeyp
     assert outcome(composer.compose, ["model=b"]) == expected
 
 
-def test_classes_that_cannot_be_pickled_are_copied_otherwise(start, tmp_path, strict):
+def test_classes_that_cannot_be_pickled_are_copied_otherwise(start, tmp_path, strict, monkeypatch):
+    store = ConfigStore.instance()
+    monkeypatch.setattr(store, "repo", dict(store.repo))  # other tests need not meet the class
+
     @dataclass
     class Local:
         a: int = 1
         items: list[int] = field(default_factory=lambda: [1])
 
-    ConfigStore.instance().store(name="sweep_test_local", node=Local)
+    store.store(name="sweep_test_local", node=Local)
     (tmp_path / "config.yaml").write_text("defaults: [sweep_test_local, _self_]\na: 2")
     loader, master = start(tmp_path)
     with pytest.raises(Exception, match="local"):
