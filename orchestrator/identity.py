@@ -132,8 +132,10 @@ def read_settings(node: Any) -> ResultsSettings:
     return ResultsSettings(**chosen, naming=naming)
 
 
-def name_in_config(base: str, *, _root_: DictConfig) -> str:
-    """The resolver ``${orchestrator.run_name:BASE}``: the run's directory name below BASE.
+def name_in_config(below: str, *, _root_: DictConfig) -> str:
+    """The resolver ``${orchestrator.run_name:sweep.dir}``: the name of the run's directory.
+
+    ``below`` is the key in Hydra's node of the directory that it lies in.
 
     For Hydra's own launchers; ours asks the same functions before a job starts. While a job
     of a sweep is being set up (it has a number) the directory is made and owned; otherwise,
@@ -142,4 +144,5 @@ def name_in_config(base: str, *, _root_: DictConfig) -> str:
     hydra = _root_.hydra
     who = identify(_root_, as_typed(hydra), results_settings(hydra))
     choose = planned_directory if OmegaConf.is_missing(hydra.job, "num") else own_directory
-    return choose(Path(base) / who.name, who.fingerprint).name
+    parent = Path(str(OmegaConf.select(hydra, below)))
+    return choose(parent / who.name, who.fingerprint).name

@@ -31,7 +31,8 @@ def run_name(hyperparams: Mapping[str, Any], settings: NamingSettings, fingerpri
     parts = (_part(key, shown[key], labels[key], settings) for key in ordered)
     name = safe_file_name(settings.separator.join(part for part in parts if part))
     if len(name) > settings.max_bytes:
-        name = with_suffix(name[: settings.max_bytes - _SUFFIX_BYTES].rstrip("._-"), fingerprint)
+        room = max(settings.max_bytes - _SUFFIX_BYTES, 1)
+        name = with_suffix(safe_file_name(name[:room].rstrip("._-")), fingerprint)
     return name
 
 
@@ -42,7 +43,8 @@ def with_suffix(name: str, fingerprint: str) -> str:
 
 def safe_file_name(text: str) -> str:
     """ASCII without separators, quotes, spaces or a leading dot or dash; never empty."""
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "replace").decode("ascii")
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    ascii_text = "".join(letters).encode("ascii", "replace").decode("ascii")
     name = _UNSAFE.sub("-", ascii_text).strip("-. ")
     if not name:
         return "default"

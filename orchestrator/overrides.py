@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=65_536)
 def parse_override(text: str) -> Override:
-    """Parse one override; the same text is parsed once, for the grammar costs about 1 ms.
+    """Parse one override; the same text is parsed once, for the grammar costs over 0.1 ms.
 
     Args:
         text: an override as typed, e.g. ``training.epochs=10``, ``+a=1`` or ``~b``.

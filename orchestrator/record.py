@@ -168,9 +168,24 @@ _FIELDS = RunRecord.__struct_fields__
 def encode(record: RunRecord) -> bytes:
     """The record as one line of JSON."""
     wire = {name: getattr(record, name) for name in _FIELDS}
-    for name in ("hyperparams", "metrics", "return_value"):
+    for name in ("hyperparams", "return_value"):
         wire[name] = to_plain(wire[name])
-    return _encoder.encode(wire) + b"\n"
+    wire["metrics"] = {
+        str(to_plain(name)): _finite_or_text(_as_float(value))
+        for name, value in record.metrics.items()
+        if value is not None
+    }
+    try:
+        return _encoder.encode(wire) + b"\n"
+    except UnicodeEncodeError:  # a file name that is not UTF-8, in an error or an override
+        return _encoder.encode(to_plain(msgspec.to_builtins(wire))) + b"\n"
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the floats
+        return math.inf if value > 0 else -math.inf
 
 
 def decode(data: bytes) -> RunRecord:
@@ -181,21 +196,37 @@ def decode(data: bytes) -> RunRecord:
     """
     try:
         wire = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        _refuse_newer(_schema_of(data))
         msg = f"not a run record: {error}"
         raise RecordError(msg) from error
-    if wire.schema_version > SCHEMA_VERSION:
-        msg = (
-            f"the record has schema {wire.schema_version}, this version reads up to "
-            f"{SCHEMA_VERSION}: upgrade the orchestrator"
-        )
-        raise RecordError(msg)
+    _refuse_newer(wire.schema_version)
     values = {name: getattr(wire, name) for name in _FIELDS}
     values["metrics"] = {
         k: v for k, v in from_plain(wire.metrics).items() if not isinstance(v, str)
     }
     values["return_value"] = from_plain(wire.return_value)
     return RunRecord(**values)
+
+
+class _Schema(msgspec.Struct):
+    schema_version: int = SCHEMA_VERSION
+
+
+def _schema_of(data: bytes) -> int:
+    try:
+        return msgspec.json.decode(data, type=_Schema).schema_version
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return SCHEMA_VERSION
+
+
+def _refuse_newer(version: int) -> None:
+    if version > SCHEMA_VERSION:
+        msg = (
+            f"the record has schema {version}, this version reads up to {SCHEMA_VERSION}: "
+            "upgrade the orchestrator"
+        )
+        raise RecordError(msg)
 
 
 def to_plain(value: Any) -> Any:

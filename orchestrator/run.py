@@ -64,13 +64,15 @@ def activate(run: ActiveRun | None) -> None:
 @contextmanager
 def run_in(directory: Path | str) -> Iterator[ActiveRun]:
     """Work in a directory as if it were a run's: for notebooks and tests of a task."""
-    run = ActiveRun(RunDir(Path(directory)))
+    global _active  # noqa: PLW0603
+    run, outer = ActiveRun(RunDir(Path(directory))), _active
     run.directory.path.mkdir(parents=True, exist_ok=True)
-    activate(run)
+    _active = run
     try:
         yield run
     finally:
-        activate(None)
+        run.close()
+        _active = outer
 
 
 def run_dir() -> Path:
@@ -96,17 +98,24 @@ def log_metrics(step: int, **values: Any) -> None:
         OSError: the disk is full.
     """
     run = _current("log_metrics")
-    plain = {name: _number(name, value) for name, value in values.items()}
-    line = {"step": to_plain(step), "timestamp": round(time.time(), 3), **plain}
+    if "timestamp" in values:
+        msg = (
+            "log_metrics(timestamp=...): the time of each step is written anyway; use another name"
+        )
+        raise OrchestratorError(msg)
+    plain = {name: _number(name, value) for name, value in {"step": step, **values}.items()}
+    line = {"step": plain.pop("step"), "timestamp": round(time.time(), 3), **plain}
     run.append(msgspec.json.encode(line) + b"\n")
     run.metrics.update({name: float(value) for name, value in plain.items()})
 
 
 def _number(name: str, value: Any) -> float | int | str:
     try:
-        plain = to_plain(value)
+        plain: Any = None if isinstance(value, str) else to_plain(value)
         float(plain)
-    except (TypeError, ValueError) as error:
+        if name == "step":  # which NaN and the infinities are not
+            int(plain)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         got = f"{type(value).__name__} {str(value)[:60]!r}"
         msg = (
             f"log_metrics({name}=...) got {got}, expected a number; "
@@ -134,21 +143,34 @@ def save_arrays(**arrays: Any) -> None:
     from orchestrator.store import write_atomic
 
     run = _current("save_arrays")
-    new = {name: np.asarray(value) for name, value in arrays.items()}
-    for name, array in new.items():
-        if array.dtype.hasobject:
-            msg = (
-                f"save_arrays({name}=...) got an array of Python objects, expected numbers or "
-                "text: they could only be pickled, and results are never unpickled"
-            )
-            raise OrchestratorError(msg)
+    new = {name: _array(name, value) for name, value in arrays.items()}
     path = run.directory.arrays
     if path.exists():
         with np.load(path, allow_pickle=False) as old:
             new = {**{name: old[name] for name in old.files}, **new}
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **new)
+    np.savez(buffer, **new)
     write_atomic(path, buffer.getvalue())
+
+
+def _array(name: str, value: Any) -> Any:
+    import numpy as np
+
+    if name in ("file", "allow_pickle", "args", "kwds"):
+        msg = f"save_arrays({name}=...): numpy keeps this name to itself; use another"
+        raise OrchestratorError(msg)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        msg = f"save_arrays({name}=...) got what makes no array: {error}"
+        raise OrchestratorError(msg) from error
+    if array.dtype.hasobject:
+        msg = (
+            f"save_arrays({name}=...) got an array of Python objects, expected numbers or "
+            "text: they could only be pickled, and results are never unpickled"
+        )
+        raise OrchestratorError(msg)
+    return array
 
 
 def _current(caller: str) -> ActiveRun:

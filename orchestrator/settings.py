@@ -1,12 +1,12 @@
 """The settings that several parts need; they live in the node ``hydra.callbacks.results``."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: OmegaConf reads the annotations themselves, and
+# does so at every start of every Hydra app.
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional  # noqa: UP035 - OmegaConf reads these at run time
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class NamingSettings:
     """How a run's overrides become its name. See docs/naming.md."""
 
@@ -23,7 +23,7 @@ class NamingSettings:
     max_bytes: int = 200
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class ResultsSettings:
     """Records, names and resume, for whichever launcher runs the jobs."""
 
@@ -38,10 +38,3 @@ class ResultsSettings:
     # Also write the sweep's results (train_sweep_results.json) here.
     results_file: Optional[str] = None  # noqa: UP045
     naming: NamingSettings = field(default_factory=NamingSettings)
-
-
-@dataclass
-class ResultsNode:
-    """Hydra keeps callbacks in a mapping by name: ours is ``results``."""
-
-    results: ResultsSettings = field(default_factory=ResultsSettings)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +121,8 @@ def _next_number(parent: Path) -> Path:
 
 def read_bytes(path: Path | str) -> bytes:
     """A small file's content; twice as fast as ``open`` for many of them."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # Not blocking: somebody's named pipe must not hold up a whole walk.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         size = os.fstat(descriptor).st_size
         data = os.read(descriptor, size + 1)
@@ -142,7 +144,7 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     Raises:
         OSError: the disk is full, the directory is read-only, …; the old content is intact.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
         descriptor = os.open(temporary, flags, 0o666)
@@ -159,10 +161,21 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
         finally:
             os.close(descriptor)
         os.replace(temporary, path)  # noqa: PTH105 - hot
+        if durable:
+            _sync_directory(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)  # noqa: PTH108
         raise
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def find_runs(root: Path | str) -> Iterator[RunDir]:
@@ -173,14 +186,15 @@ def find_runs(root: Path | str) -> Iterator[RunDir]:
     try:
         with os.scandir(root) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
-    except (NotADirectoryError, PermissionError, FileNotFoundError):
+    except OSError:  # not a directory, not readable, gone, a stale handle: the walk goes on
         return
-    if any(entry.name == RECORD for entry in found):
+    names = {entry.name for entry in found}
+    if RECORD in names:
         yield RunDir(Path(root))
-        return
-    for entry in found:
-        if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
-            yield from find_runs(entry.path)
+    elif CLAIM not in names:  # else a run that is just being started
+        for entry in found:
+            if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
+                yield from find_runs(entry.path)
 
 
 _TAIL_BYTES = 65_536
@@ -245,41 +259,54 @@ def own_directory(path: Path, fingerprint: str) -> Path:
     Raises:
         OSError: the directory cannot be made or written.
     """
-    for candidate in (path, path.with_name(with_suffix(path.name, fingerprint))):
-        if _owner(candidate, fingerprint) == fingerprint:
+    for candidate in _candidates(path, fingerprint):
+        if (_owner(candidate, fingerprint) or _claim(candidate, fingerprint)) == fingerprint:
             return candidate
-    return path.with_name(f"{path.name}-{fingerprint}")
+    msg = f"{path} and its longer names belong to other runs"
+    raise FileExistsError(msg)
 
 
 def planned_directory(path: Path, fingerprint: str) -> Path:
     """What `own_directory` would answer now, without making anything."""
-    with contextlib.suppress(OSError):
-        if read_bytes(RunDir(path).claim).decode("ascii", "replace").strip() != fingerprint:
-            return path.with_name(with_suffix(path.name, fingerprint))
-    return path
+    candidates = _candidates(path, fingerprint)
+    free = (c for c in candidates if _owner(c, fingerprint) in (fingerprint, None))
+    return next(free, candidates[-1])
 
 
-def _owner(path: Path, fingerprint: str) -> str:
+def _candidates(path: Path, fingerprint: str) -> tuple[Path, ...]:
+    # Eight digits may, once in four billion, be those of two runs.
+    names = (path.name, with_suffix(path.name, fingerprint), f"{path.name}-{fingerprint}")
+    return tuple(path.with_name(name) for name in names)
+
+
+def _owner(path: Path, fingerprint: str) -> str | None:
+    """The fingerprint that owns a directory; None where it is free."""
     run = RunDir(path)
     with contextlib.suppress(FileNotFoundError):
         return read_bytes(run.claim).decode("ascii", "replace").strip()
-    if run.record.exists():
-        record = run.try_read()
-        if record is None or record.fingerprint != fingerprint:
-            return "somebody else's run.json"
+    if not run.record.exists():
+        return None
+    record = run.try_read()
+    mine = record is not None and record.fingerprint == fingerprint
+    return None if mine else "somebody else's run.json"
+
+
+def _claim(path: Path, fingerprint: str) -> str | None:
+    """Own a free directory; the answer is the owner, who may have been faster."""
     path.mkdir(parents=True, exist_ok=True)
+    claim = RunDir(path).claim
     temporary = path / f"{CLAIM}.{os.getpid()}.tmp"
     temporary.write_text(fingerprint + "\n", encoding="ascii")
     try:
-        os.link(temporary, run.claim)
+        os.link(temporary, claim)
     except FileExistsError:
-        return read_bytes(run.claim).decode("ascii", "replace").strip()
-    except OSError:  # a file system without hard links: the rename below is atomic, too
-        os.replace(temporary, run.claim)  # noqa: PTH105
-        return fingerprint
+        pass
+    except OSError:  # no hard links here: the file appears at once, its content just after
+        with contextlib.suppress(FileExistsError), claim.open("x", encoding="ascii") as file:
+            file.write(fingerprint + "\n")
     finally:
         temporary.unlink(missing_ok=True)
-    return fingerprint
+    return _owner(path, fingerprint)
 
 
 class RunLock:

@@ -161,7 +161,9 @@ def test_settings_keep_their_defaults_and_pass_over_what_they_do_not_know():
     assert settings.naming.max_bytes == 200
     assert settings.ignore == ResultsSettings().ignore
     assert read_settings({"naming": None}).naming.separator == "_"
-    assert read_settings(OmegaConf.structured(ResultsSettings)) == ResultsSettings()
+    from_schema, plain = read_settings(OmegaConf.structured(ResultsSettings)), ResultsSettings()
+    assert vars(from_schema.naming) == vars(plain.naming)
+    assert {**vars(from_schema), "naming": 0} == {**vars(plain), "naming": 0}
 
 
 def _hydra(**callbacks):
@@ -185,13 +187,14 @@ def test_the_resolver_owns_a_directory_only_while_a_job_is_set_up(tmp_path):
                 **_hydra(),
                 "overrides": {"task": ["lr=1"]},
                 "job": {"num": "???"},
+                "sweep": {"dir": str(tmp_path)},
             },
         }
     )
-    assert name_in_config(str(tmp_path), _root_=config) == "lr_1"
+    assert name_in_config("sweep.dir", _root_=config) == "lr_1"
     assert list(tmp_path.iterdir()) == []
     config.hydra.job.num = 0
-    assert name_in_config(str(tmp_path), _root_=config) == "lr_1"
+    assert name_in_config("sweep.dir", _root_=config) == "lr_1"
     config.other = 2
-    assert name_in_config(str(tmp_path), _root_=config).startswith("lr_1-")
+    assert name_in_config("sweep.dir", _root_=config).startswith("lr_1-")
     assert len(list(tmp_path.iterdir())) == 2

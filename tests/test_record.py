@@ -240,24 +240,20 @@ def test_a_newer_schema_says_to_upgrade_and_unknown_fields_are_passed_over():
     assert decode(json.dumps(same).encode()).model_name == "m"
 
 
-@pytest.mark.xfail(strict=True, reason="the fields are checked before the schema version")
 def test_a_newer_schema_with_other_fields_says_to_upgrade():
     with pytest.raises(RecordError, match="upgrade"):
         decode(b'{"schema_version": 99, "model_name": "m", "state": "PAUSED"}')
 
 
-@pytest.mark.xfail(strict=True, reason="the decoder's RecursionError passes through")
 def test_deep_nesting_is_not_a_record():
     with pytest.raises(RecordError):
         decode(b'{"model_name": "m", "state": "LOST", "return_value": ' + b"[" * 100_000)
 
 
-@pytest.mark.xfail(strict=True, reason="written as true, which the decoder refuses for a metric")
 def test_a_boolean_metric_reads_back_as_a_number():
     assert decode(encode(_record(metrics={"solved": True}))).metrics == {"solved": 1.0}
 
 
-@pytest.mark.xfail(strict=True, reason="only hyperparams, metrics and return_value are escaped")
 @pytest.mark.parametrize(
     "fields",
     [

@@ -146,42 +146,34 @@ def test_objects_are_refused_and_the_arrays_before_are_intact(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.npz"]
 
 
-@pytest.mark.xfail(strict=True, reason="numpy.savez has parameters of these names")
 @pytest.mark.parametrize("name", ["file", "allow_pickle"])
-def test_an_array_may_have_any_name(tmp_path, name):
-    with run.run_in(tmp_path):
+def test_a_name_that_numpy_keeps_to_itself_is_a_sentence(tmp_path, name):
+    with run.run_in(tmp_path), pytest.raises(OrchestratorError, match=name):
         run.save_arrays(**{name: [1]})
-    with np.load(tmp_path / "arrays.npz", allow_pickle=False) as arrays:
-        assert arrays.files == [name]
+    assert not (tmp_path / "arrays.npz").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="numpy's ValueError passes through")
 def test_a_ragged_list_is_a_sentence(tmp_path):
     with run.run_in(tmp_path), pytest.raises(OrchestratorError, match=r"save_arrays\(a="):
         run.save_arrays(a=[[1], [1, 2]])
 
 
-@pytest.mark.xfail(strict=True, reason="text that float() takes passes as a number")
 def test_a_number_as_text_is_not_a_number(tmp_path):
     with run.run_in(tmp_path), pytest.raises(OrchestratorError):
         run.log_metrics(1, a="1.5")
 
 
-@pytest.mark.xfail(strict=True, reason="OverflowError and TypeError pass through")
 @pytest.mark.parametrize(("step", "value"), [(1, 10**400), (object(), 1.0)], ids=["value", "step"])
 def test_numbers_out_of_range_and_odd_steps_are_sentences(tmp_path, step, value):
     with run.run_in(tmp_path), pytest.raises(OrchestratorError):
         run.log_metrics(step, a=value)
 
 
-@pytest.mark.xfail(strict=True, reason="the values are laid over the line's own keys")
 def test_a_metric_named_timestamp_does_not_replace_the_time(tmp_path):
-    with run.run_in(tmp_path):
+    with run.run_in(tmp_path), pytest.raises(OrchestratorError, match="timestamp"):
         run.log_metrics(1, timestamp=3.0)
-    assert _lines(tmp_path / "metrics.jsonl")[0]["timestamp"] != 3.0
 
 
-@pytest.mark.xfail(strict=True, reason="the inner run's end ends every run")
 def test_the_outer_run_goes_on_after_an_inner_one(tmp_path):
     with run.run_in(tmp_path / "outer"):
         with run.run_in(tmp_path / "inner"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from orchestrator.queue.launcher import GpuQueue
+    from orchestrator.sweep.compose import Composer
 
 
 class GpuQueueLauncher(Launcher):
@@ -32,6 +33,16 @@ class GpuQueueLauncher(Launcher):
         from orchestrator.queue.launcher import GpuQueue
 
         self.queue = GpuQueue(self.settings, hydra_context, task_function, config)
+
+    @property
+    def composer(self) -> Composer | None:
+        """For the sweeper, which would otherwise compose everything once more."""
+        return self.queue.composer if self.queue else None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the same command again runs only what is missing."""
+        return self.queue is not None and self.queue.resumes
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

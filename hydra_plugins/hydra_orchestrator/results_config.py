@@ -10,29 +10,33 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from orchestrator.settings import ResultsNode
+from orchestrator.settings import ResultsSettings
 
 RESOLVER = "orchestrator.run_name"
 
 
-def _run_name(base: str, *, _root_: Any) -> str:
+def _run_name(below: str, *, _root_: Any) -> str:
     from orchestrator.identity import name_in_config
 
-    return name_in_config(base, _root_=_root_)
+    return name_in_config(below, _root_=_root_)
 
 
 OmegaConf.register_new_resolver(RESOLVER, _run_name, replace=True)
 
 ConfigStore.instance().store(
-    group="hydra/callbacks", name="results", node=ResultsNode, provider="orchestrator"
+    # Hydra keeps callbacks in a mapping by name.
+    group="hydra/callbacks",
+    name="results",
+    node={"results": ResultsSettings},
+    provider="orchestrator",
 )
 ConfigStore.instance().store(
     group="hydra/output",
     name="named",
     package="hydra",
     node={
-        "run": {"dir": "outputs/${orchestrator.run_name:outputs}"},
-        "sweep": {"dir": "outputs", "subdir": "${orchestrator.run_name:${hydra.sweep.dir}}"},
+        "run": {"dir": "${hydra.sweep.dir}/${orchestrator.run_name:sweep.dir}"},
+        "sweep": {"dir": "outputs", "subdir": "${orchestrator.run_name:sweep.dir}"},
     },
     provider="orchestrator",
 )

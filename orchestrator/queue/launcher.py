@@ -6,7 +6,10 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.overrides import as_typed
+from omegaconf import OmegaConf
+
+from orchestrator.identity import results_settings
+from orchestrator.overrides import as_typed, parse_override
 from orchestrator.queue.assign import Slots
 from orchestrator.queue.gpus import Gpu, choose_gpus, list_gpus
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
@@ -46,8 +49,11 @@ class GpuQueue:
         self._settings = settings
         self._config = config
         self._task = Task(task_function, hydra_context.callbacks)
-        self._composer = Composer(hydra_context.config_loader, config)
-        for name in _names(settings.preload):
+        self.composer = Composer(hydra_context.config_loader, config)
+        self.resumes = bool(results_settings(config.hydra).resume)
+        # What the first job needs is then in the memory that all jobs are forked from.
+        self.composer.prepare(_first_point(as_typed(config.hydra)))
+        for name in _to_preload(settings.preload, config):
             _import(name)
         # Before a sweeper computes, a thread starts or NVML is touched.
         self._method, self._method_reason = choose(settings.start_method)
@@ -56,7 +62,7 @@ class GpuQueue:
 
     def _make_server(self) -> ServerLink:
         if self._method == "fork":
-            return forked_server(self._task, self._composer)
+            return forked_server(self._task, self.composer)
         return spawned_server()
 
     def launch(
@@ -69,10 +75,7 @@ class GpuQueue:
                 directory cannot be written.
             SystemExit: a signal ended the sweep.
         """
-        composer = self._composer
-        if isinstance(job_overrides, Points) and job_overrides.composer is not None:
-            composer = job_overrides.composer
-        planner = self._planner(composer)
+        planner = self._planner()
         self._check(planner.sweep_dir)
         slots, where = self._slots()
         results_file = planner.results.results_file
@@ -89,7 +92,7 @@ class GpuQueue:
         )
         self._tell(progress, where, planner.sweep_dir)
         context = Context(
-            composer=composer,
+            composer=self.composer,
             planner=planner,
             sweep=sweep,
             slots=slots,
@@ -108,13 +111,13 @@ class GpuQueue:
             self._finish(scheduler, context, signals)
         return [result for result in scheduler.returns if result is not None]
 
-    def _planner(self, composer: Composer) -> Planner:
+    def _planner(self) -> Planner:
         shipper = None
         if self._method == "spawn":
             from orchestrator.queue.spawn import Shipper
 
             shipper = Shipper(self._task)
-        return Planner(composer, self._config, self._settings, shipper)
+        return Planner(self.composer, self._config, self._settings, shipper)
 
     def _check(self, sweep_dir: Path) -> None:
         try:
@@ -199,13 +202,32 @@ def _absolute(path: str) -> Path:
     return Path(path).absolute()
 
 
+def _first_point(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a sweep with the first value of each that is swept."""
+    point = []
+    for text in arguments:
+        override = parse_override(text)
+        if override.is_sweep_override():
+            value = (
+                next(override.sweep_string_iterator(), None)
+                if override.is_discrete_sweep()
+                else None
+            )
+            point += [] if value is None else [f"{override.get_key_element()}={value}"]
+        else:
+            point.append(f"{override.get_key_element()}={override.get_value_element_as_str()}")
+    return point
+
+
 def _axes(points: Sequence[Sequence[str]]) -> dict[str, Any]:
     if not isinstance(points, Points):
         return {}
     return {key: [text.split("=", 1)[-1] for text in values] for key, values in points.axes}
 
 
-def _names(preload: Any) -> list[str]:
+def _to_preload(preload: Any, config: DictConfig) -> list[str]:
+    if preload == "auto":
+        preload = OmegaConf.select(config, "task._target_", throw_on_missing=False)
     if not preload:
         return []
     return [preload] if isinstance(preload, str) else [str(name) for name in preload]

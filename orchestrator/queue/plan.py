@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from orchestrator.sweep.compose import Composer
     from orchestrator.sweeps import Sweep
 
-_NAMED_SUBDIR = "${" + RESOLVER + ":${hydra.sweep.dir}}"
+_NAMED_SUBDIR = "${" + RESOLVER + ":sweep.dir}"
 
 
 @dataclass(frozen=True)

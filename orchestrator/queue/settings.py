@@ -1,12 +1,11 @@
 """The settings of ``hydra/launcher=gpu_queue``, as ``--cfg hydra`` shows them."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`, as in `orchestrator.settings`.
 from dataclasses import dataclass
 from typing import Any, Optional
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class GpuQueueSettings:
     """Runs jobs on this machine, as many at once as its GPUs (or cores) allow."""
 
@@ -27,6 +26,6 @@ class GpuQueueSettings:
     kill_grace_s: float = 10.0
     # Threads for numpy, torch and OpenMP in each job. null: the cores divided by the slots.
     threads: Optional[int] = None  # noqa: UP045
-    # A module or function to import once, before any job is forked. The default is the task
-    # function that the config names, if it names one.
-    preload: Any = "${oc.select:task._target_,null}"
+    # Modules (or functions in them) to import once, before any job is forked. auto: the task
+    # function that the config names in task._target_, if it names one. null: none.
+    preload: Any = "auto"

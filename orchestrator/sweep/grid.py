@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAMED_FAILURES = 3
+_LONG_AXIS = 64
+_WHOLE_NUMBER = re.compile(r"[^=]*=-?\d+")
 
 
 class Grid(Protocol):
@@ -78,7 +81,9 @@ def sweep(grid: Grid, arguments: Sequence[str]) -> list[Sequence[JobReturn]]:
     params = [f"{key}={value}" for key, value in (grid.params or {}).items()]
     loader = grid.hydra_context.config_loader
     overrides = OverridesParser.create(loader).parse_overrides([*params, *arguments])
-    points = Points(axes(overrides), Composer(loader, grid.config))
+    # Our launchers have composed for themselves already: one memory serves both.
+    composer = getattr(grid.launcher, "composer", None) or Composer(loader, grid.config)
+    points = Points(axes(overrides), composer)
     parts = batches(points, grid.max_batch_size)
     _save_multirun(grid.config)
     check(points, grid.config)
@@ -140,13 +145,20 @@ def check(points: Points, master: DictConfig) -> None:
     start = time.perf_counter()
     first = points[0]
     for place, (_, values) in enumerate(points.axes):
-        for value in values if place == 0 else values[1:]:
+        for value in _telling(values) if place == 0 else _telling(values)[1:]:
             point = [*first[:place], value, *first[place + 1 :]]
             if composer.chooses_group(value):
                 _refuse_params(value, composer.compose(point), master)
             else:
                 composer.task_config(point)
     log.debug("Composed each value of the sweep in %.2f s", time.perf_counter() - start)
+
+
+def _telling(values: Sequence[str]) -> Sequence[str]:
+    """The values that have to be tried; in a long row of whole numbers the ends stand for all."""
+    if len(values) > _LONG_AXIS and all(_WHOLE_NUMBER.fullmatch(value) for value in values):
+        return [values[0], values[-1]]
+    return values
 
 
 def _refuse_params(override: str, config: DictConfig, master: DictConfig) -> None:

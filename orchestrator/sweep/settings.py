@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Dict, Optional  # noqa: UP035 - OmegaConf on Python 3.10 wants these forms
 
 
-@dataclass
+@dataclass(repr=False, eq=False)
 class GridSweeperConf:
     """``hydra/sweeper=grid``: every combination of the values given."""
 
