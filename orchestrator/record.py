@@ -236,12 +236,14 @@ def to_plain(value: Any) -> Any:
         TypeError: the value (or one inside it) is none of: number, text, None, list,
             mapping, enum, path.
     """
-    if value is None or isinstance(value, (bool, int)):
-        return value.value if isinstance(value, Enum) else value
-    if isinstance(value, float):
-        return _finite_or_text(float(value))
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)  # a subclass, such as an IntEnum, is none of JSON's types
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, float):
+        return _finite_or_text(float(value))
     if isinstance(value, (str, PurePath)):
         # A lone surrogate (a file name that is not UTF-8) cannot be encoded.
         return str(value).encode("utf-8", "backslashreplace").decode("utf-8")

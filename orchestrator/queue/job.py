@@ -125,14 +125,16 @@ def forget_parent() -> None:
 
 def work(call: Callable[[], JobReturn], request: JobRequest, outcome_fd: int) -> NoReturn:
     """Call the task, send its outcome to the keeper, and end the process as Python would."""
-    status = 1
+    status, own_pid = 1, os.getpid()
     try:
         run = current_run.ActiveRun(RunDir(Path(request.directory)), managed=True)
         current_run.activate(run)
         limit_threads(request.threads)
         reseed(request.record.fingerprint)
         outcome, status = _attempt(call, run)
-        _send(outcome_fd, outcome)
+        # A fork that the task made and did not end comes back here, too; it is not the job.
+        if os.getpid() == own_pid:
+            _send(outcome_fd, outcome)
         _run_exit_handlers()
     except BaseException:  # noqa: BLE001 - the last frame of the process
         traceback.print_exc()

@@ -72,6 +72,7 @@ class Keeper:
         # Readable (at its end) once the job server is dead.
         self._server_alive = server_alive
         self._reason: Reason | None = None
+        self._told_to_stop = False
         self._outcome: Outcome | None = None
 
     def keep(self, body: JobBody) -> None:
@@ -176,9 +177,10 @@ class Keeper:
             return
         for message in self._commands.receive():
             if isinstance(message, Stop):
-                if self._reason is not None:
-                    tree.end_now()
                 self._end(tree, Reason.STOPPED)
+                if self._told_to_stop:
+                    tree.end_now()
+                self._told_to_stop = True
         if self._commands.closed:
             self._end(tree, Reason.LAUNCHER_DIED)
 
@@ -219,11 +221,11 @@ class Keeper:
         for pause in (*_WRITE_RETRIES_S, None):
             try:
                 self._run.write(record)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - the launcher must hear of the end
                 if pause is None:
                     return (
-                        f"{self._run.record} could not be written ({error.strerror}); the run "
-                        f"ended as {record.state.value} but will read as LOST and be run again"
+                        f"{self._run.record} could not be written ({error}); the run ended as "
+                        f"{record.state.value} but will read as LOST and be run again"
                     )
                 time.sleep(pause)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from orchestrator.queue.progress import SettingsCount, make_progress
 from orchestrator.queue.scheduler import Context, Scheduler
 from orchestrator.queue.signals import StopSignals
 from orchestrator.queue.start_method import choose
-from orchestrator.queue.task import Task
+from orchestrator.queue.task import Task, number_job, rehearse
 from orchestrator.sweep.compose import Composer
 from orchestrator.sweep.errors import SweepError
 from orchestrator.sweep.points import Points
@@ -51,14 +52,21 @@ class GpuQueue:
         self._task = Task(task_function, hydra_context.callbacks)
         self.composer = Composer(hydra_context.config_loader, config)
         self.resumes = bool(results_settings(config.hydra).resume)
-        # What the first job needs is then in the memory that all jobs are forked from.
-        self.composer.prepare(_first_point(as_typed(config.hydra)))
+        # What jobs have in common is then in the memory that all of them are forked from.
+        self._rehearse()
         for name in _to_preload(settings.preload, config):
             _import(name)
         # Before a sweeper computes, a thread starts or NVML is touched.
         self._method, self._method_reason = choose(settings.start_method)
         self._server = self._make_server()
         self._told = False
+
+    def _rehearse(self) -> None:
+        # Whatever is wrong with the first point, the sweeper will say it better.
+        with contextlib.suppress(Exception):
+            config = self.composer.compose(_first_point(as_typed(self._config.hydra)))
+            number_job(config, 0)
+            rehearse(config, os.devnull)
 
     def _make_server(self) -> ServerLink:
         if self._method == "fork":

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from orchestrator.sweep.compose import Composer
     from orchestrator.sweeps import Sweep
 
+# Hydra's default, and ours: where these are to be found needs no composition.
+_NUMBERED_SUBDIR = "${hydra.job.num}"
 _NAMED_SUBDIR = "${" + RESOLVER + ":sweep.dir}"
 
 
@@ -67,7 +69,8 @@ class Planner:
         self._launcher = launcher
         self._shipper = shipper
         self._hydra_overrides = as_typed(config.hydra, "hydra")
-        self._named = _is_named(config)
+        self._subdir = _plain_subdir(config)
+        self._named = self._subdir == _NAMED_SUBDIR
 
     @property
     def resume(self) -> bool:
@@ -88,18 +91,22 @@ class Planner:
             Exception: Hydra's own, where the point cannot be composed.
             OSError: its directory cannot be made.
         """
-        if self._named:
-            config = self._composer.task_config(overrides)
-        else:
-            config = self._composer.compose(overrides)
-            number_job(config, num)
-        who = identify(config, overrides, self.results)
+        who = identify(self._composer.task_config(overrides), overrides, self.results)
         done = self._recorded(who)
         if done is not None:
             return Plan(index, num, tuple(overrides), who, done[0], done[1])
-        wanted = self.sweep_dir / who.name if self._named else output_dir(config)
+        wanted = self._wanted_directory(num, overrides, who)
         directory = own_directory(wanted, who.fingerprint)
         return Plan(index, num, tuple(overrides), who, directory)
+
+    def _wanted_directory(self, num: int, overrides: Sequence[str], who: Identity) -> Path:
+        if self._named:
+            return self.sweep_dir / who.name
+        if self._subdir == _NUMBERED_SUBDIR:
+            return self.sweep_dir / str(num)
+        config = self._composer.compose(overrides)
+        number_job(config, num)
+        return output_dir(config)
 
     def _recorded(self, who: Identity) -> tuple[Path, RunRecord] | None:
         path = self._done.get(who.fingerprint)
@@ -153,12 +160,12 @@ class Planner:
         return self._shipper.pack(config)
 
 
-def _is_named(config: DictConfig) -> bool:
-    """Whether directories follow from names alone, so that no point needs Hydra's own node."""
+def _plain_subdir(config: DictConfig) -> str:
+    """The unresolved subdirectory, if nothing else of a job's own decides where it writes."""
     sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     assert isinstance(sweep, dict)
     root = re.sub(r"\$\{now:[^}]*\}", "", str(sweep["dir"]))
-    return sweep["subdir"] == _NAMED_SUBDIR and "${" not in root
+    return "" if "${" in root else str(sweep["subdir"])
 
 
 def writable_directory(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections import Counter
@@ -85,6 +87,14 @@ class Progress:
         return None
 
     def say(self, text: str) -> None:
+        """Print a line. A reader that is gone (``| head``, a closed terminal) ends no sweep."""
+        try:
+            self._print(text)
+        except (OSError, ValueError):
+            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
+            sys.stdout = self._stream  # or the interpreter's last flush would fail as well
+
+    def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
     def start(self, index: int, name: str, device: str) -> None:
@@ -150,7 +160,7 @@ class LiveProgress(Progress):
     def interval(self) -> float:
         return 0.5
 
-    def say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def start(self, index: int, name: str, device: str) -> None:
@@ -167,7 +177,8 @@ class LiveProgress(Progress):
 
     def _draw(self) -> None:
         self._drawn = time.monotonic()
-        self._live.update(self._picture(), refresh=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+            self._live.update(self._picture(), refresh=True)
 
     def _picture(self) -> Any:
         from rich.console import Group
@@ -192,7 +203,8 @@ class LiveProgress(Progress):
 
     def close(self) -> None:
         self._draw()
-        self._live.stop()
+        with contextlib.suppress(OSError, ValueError):
+            self._live.stop()
 
 
 def make_progress(total: int, settings: SettingsCount) -> Progress:

@@ -44,18 +44,12 @@ class QueueJobReturn(JobReturn):
         return f"QueueJobReturn({self.status.name}, {self._directory!r}, {self._return_value!r})"
 
     def _configs(self) -> tuple[DictConfig, DictConfig]:
-        from hydra.core.hydra_config import HydraConfig
-
-        from orchestrator.queue.task import number_job, place_job, task_copy
+        from orchestrator.queue.task import as_current, number_job, place_job, task_copy
 
         config = self._composer.compose(self.overrides or [])
         number_job(config, self._num)
-        before = HydraConfig.instance().cfg
-        try:
-            hydra_cfg = place_job(config, self._directory)
-        finally:
-            HydraConfig.instance().cfg = before
-        return task_copy(config), hydra_cfg
+        with as_current(config):
+            return task_copy(config), place_job(config, self._directory)
 
     @property
     def cfg(self) -> DictConfig:  # type: ignore[override]

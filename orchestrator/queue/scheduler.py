@@ -83,8 +83,10 @@ class Scheduler:
         self._jobs: dict[int, _Job] = {}
         self._exhausted = False
         self._next: Plan | None = None
-        # Runs that are in another launcher's hands, or earlier in this sweep, until when.
+        # Runs that are in another launcher's hands, and when to look at them again.
         self._later: deque[tuple[float, Plan]] = deque()
+        # Runs that an earlier point of this sweep, by its index, is doing.
+        self._repeats: list[tuple[int, Plan]] = []
         self._first_in: dict[str, int] = {}
         self._server_deaths = 0
         self.returns: list[QueueJobReturn | None] = [None] * len(points)
@@ -109,7 +111,7 @@ class Scheduler:
             self._selector.close()
 
     def _nothing_left(self) -> bool:
-        return self._exhausted and self._next is None and not self._later
+        return self._exhausted and self._next is None and not self._later and not self._repeats
 
     # --- starting ---
 
@@ -150,7 +152,8 @@ class Scheduler:
             return None
         first = self._first_in.setdefault(str(plan.directory), index)
         if first != index:
-            self._repeat(plan, first)
+            self._repeats.append((first, plan))
+            self._answer_repeats()
             return None
         self._context.sweep.add_run(num, plan.directory)
         return plan
@@ -245,6 +248,8 @@ class Scheduler:
             self._context.composer, plan.overrides, plan.num, str(plan.directory)
         )
         self.returns[plan.index] = result
+        if self._repeats:
+            self._answer_repeats()
         return result
 
     def _answer(self, plan: Plan, record: RunRecord) -> None:
@@ -254,14 +259,13 @@ class Scheduler:
         self.answered_by.append(record)
         self._context.progress.skip(plan.overrides)
 
-    def _repeat(self, plan: Plan, first: int) -> None:
+    def _answer_repeats(self) -> None:
         """The same run was asked for twice in one sweep: it is run once and answers both."""
-        result = self.returns[first]
-        if result is None:
-            self._later.append((self._context.clock() + _BUSY_INTERVAL_S, plan))
-            return
-        self.returns[plan.index] = result
-        self._context.progress.skip(plan.overrides)
+        for first, plan in self._repeats:
+            if self.returns[first] is not None:
+                self.returns[plan.index] = self.returns[first]
+                self._context.progress.skip(plan.overrides)
+        self._repeats = [(i, plan) for i, plan in self._repeats if self.returns[i] is None]
 
     def _end(self, job: _Job, message: Ended) -> None:
         if message.skipped:
@@ -279,10 +283,17 @@ class Scheduler:
         """The keeper was killed: nobody else will write this run's final record."""
         while job.pid is not None and is_alive(job.pid, None):
             time.sleep(0.01)  # it dies with its keeper
-        run = RunDir(job.plan.directory)
+        run, asked = RunDir(job.plan.directory), job.request.record
         record = run.try_read()
-        if record is None or record.state.is_final:
-            record = job.request.record
+        this_run = record is not None and (record.sweep_id, record.index) == (
+            asked.sweep_id,
+            asked.index,
+        )
+        if record is not None and this_run and record.state.is_final:
+            self._end(job, Ended(record))  # the keeper was killed after its work
+            return
+        if record is None or not this_run:
+            record = asked
         error = ErrorInfo("KeeperDied", "the process that looked after the run was killed")
         record = record.advance(RunState.LOST, ended_at=time.time(), error=error)
         run.write(record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,10 @@ from hydra.core.utils import (
 )
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from orchestrator.queue.yaml_files import save_configs, to_yaml
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hydra._internal.callbacks import Callbacks
 
@@ -46,29 +49,58 @@ def number_job(config: DictConfig, num: int) -> None:
         config.hydra.job.num = num
 
 
-def output_dir(config: DictConfig) -> Path:
-    """Where the config wants its job to write: absolute, resolved as Hydra does."""
+@contextmanager
+def as_current(config: DictConfig) -> Iterator[None]:
+    """Make a config Hydra's current one, for ``${hydra:...}``, and then the one before again."""
     before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
+    make_current(config)
     try:
-        sweep_dir = str(OmegaConf.select(config, "hydra.sweep.dir"))
-        subdir = str(OmegaConf.select(config, "hydra.sweep.subdir"))
+        yield
     finally:
         HydraConfig.instance().cfg = before
+
+
+def make_current(config: DictConfig) -> DictConfig:
+    """What ``HydraConfig.set_config`` does, but on the ``hydra`` node itself, not on a copy.
+
+    Returns:
+        A config with that node alone, as Hydra's own JobReturn carries it.
+    """
+    OmegaConf.set_readonly(config.hydra, True)
+    alone = DictConfig({}, flags={"no_deepcopy_set_nodes": True})
+    alone["hydra"] = config.hydra
+    alone._set_flag("no_deepcopy_set_nodes", None)  # noqa: SLF001 - nobody copies it with that
+    config.hydra._set_parent(config)  # noqa: SLF001 - as Hydra: it still sees the task's part
+    HydraConfig.instance().cfg = alone  # type: ignore[assignment]
+    return alone
+
+
+def output_dir(config: DictConfig) -> Path:
+    """Where the config wants its job to write: absolute, resolved as Hydra does."""
+    with as_current(config):
+        sweep_dir = str(OmegaConf.select(config, "hydra.sweep.dir"))
+        subdir = str(OmegaConf.select(config, "hydra.sweep.subdir"))
     return Path(sweep_dir, subdir).absolute()
 
 
 def place_job(config: DictConfig, directory: str) -> DictConfig:
-    """Point a numbered config at its directory and make it Hydra's current one.
-
-    Returns:
-        The ``hydra`` node as Hydra's own JobReturn carries it.
-    """
+    """Point a numbered config at its directory and make it Hydra's current one."""
     with read_write(config.hydra.runtime), open_dict(config.hydra.runtime):
         config.hydra.runtime.output_dir = directory
-    HydraConfig.instance().set_config(config)
-    hydra_cfg: Any = HydraConfig.instance().cfg  # declared as HydraConf, but a DictConfig
-    return hydra_cfg  # type: ignore[no-any-return]
+    return make_current(config)
+
+
+def rehearse(config: DictConfig, directory: str) -> None:
+    """Do what every job will, short of its effects: grammars learn, modules are imported.
+
+    Args:
+        config: composed and numbered; it is changed.
+        directory: any.
+    """
+    with as_current(config):
+        hydra_cfg = place_job(config, directory)
+        OmegaConf.to_container(config.hydra.job_logging, resolve=True)
+        to_yaml(hydra_cfg)
 
 
 def works_in_output_dir(hydra_cfg: DictConfig) -> bool:
@@ -105,7 +137,7 @@ def call_task(task: Task, config: DictConfig, directory: str) -> JobReturn:
     result.working_dir = os.getcwd()  # noqa: PTH109
     configure_log(config.hydra.job_logging, config.hydra.verbose)
     if config.hydra.output_subdir is not None:
-        _save_configs(Path(directory, config.hydra.output_subdir), task_cfg, hydra_cfg)
+        save_configs(Path(directory, config.hydra.output_subdir), task_cfg, hydra_cfg)
     with env_override(hydra_cfg.hydra.job.env_set):
         task.callbacks.on_job_start(config=config, task_function=task.function)
         try:
@@ -118,13 +150,3 @@ def call_task(task: Task, config: DictConfig, directory: str) -> JobReturn:
     _flush_loggers()
     task.callbacks.on_job_end(config=config, job_return=result)
     return result
-
-
-def _save_configs(directory: Path, task_cfg: DictConfig, hydra_cfg: DictConfig) -> None:
-    directory.mkdir(exist_ok=True)
-    for name, node in (
-        ("config.yaml", task_cfg),
-        ("hydra.yaml", hydra_cfg),
-        ("overrides.yaml", hydra_cfg.hydra.overrides.task),
-    ):
-        (directory / name).write_text(OmegaConf.to_yaml(node), encoding="utf-8")

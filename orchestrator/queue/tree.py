@@ -7,6 +7,8 @@ import os
 import signal
 import time
 
+from orchestrator.queue.prctl import IS_LINUX
+
 _KILL_INTERVAL_S = 0.02
 
 
@@ -25,6 +27,7 @@ class JobTree:
         self.gone = False
         self._grace_s = grace_s
         self._kill_at: float | None = None
+        self._asked_leftovers = False
 
     def reap(self) -> None:
         """Collect the dead. Once the job itself has ended, what is left over is asked to."""
@@ -38,20 +41,25 @@ class JobTree:
                 break
             if pid == self.pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
-        if self.returncode is not None and self._kill_at is None:
-            self.ask_to_end()
+        if self.returncode is not None and not self._asked_leftovers:
+            self._asked_leftovers = True
+            self._set_deadline()
+            self._signal_all(signal.SIGTERM)
 
     def ask_to_end(self) -> None:
-        """SIGTERM the job, or what it left over; those still alive after the grace are killed."""
-        if self._kill_at is not None:
-            return
-        self._kill_at = time.monotonic() + self._grace_s
-        if self.returncode is None:
-            # The job's own process only: it may want its workers to shut down in order.
+        """SIGTERM the job; what has not ended after the grace is killed.
+
+        Only its own process is asked: it may want its workers to shut down in order. What
+        it leaves behind is asked when it has ended.
+        """
+        if self._kill_at is None and self.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
-        else:
-            self._signal_all(signal.SIGTERM)
+        self._set_deadline()
+
+    def _set_deadline(self) -> None:
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self._grace_s
 
     def end_now(self) -> None:
         self._kill_at = time.monotonic()
@@ -77,5 +85,7 @@ class JobTree:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error, ProcessLookupError):
                     process.send_signal(number)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
+        if not IS_LINUX:
+            # Orphans are nobody's children here, but still of the job's process group.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, number)
