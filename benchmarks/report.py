@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -36,6 +37,16 @@ def describe(peers: Peers) -> dict[str, Any]:
         "versions ours": environments.versions(None),
         **{f"versions {name}": environments.versions(peers, name) for name in peers.names},
     }
+
+
+def source_digest() -> str:
+    """A digest of the package that is measured, to see that it stayed the same."""
+    import orchestrator
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(orchestrator.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(folder: Path, *words: str) -> str:
