@@ -107,7 +107,7 @@ class Sweep:
             "command": shlex.join([*program_words(), *sys.argv[1:]]),
             "cwd": os.getcwd(),  # noqa: PTH109
             "overrides": self.overrides,
-            "axes": to_plain(self.axes),
+            "axes": self.axes,
             "total": self.total,
             "host": hostname(),
             "boot_id": boot_id(),
@@ -115,10 +115,10 @@ class Sweep:
             "started_at": self.started_at,
             "ended_at": time.time() if ended else None,
             "states": states or {},
-            "versions": self.versions,
+            "versions": msgspec.to_builtins(self.versions),
             "runs": [self.runs[index] for index in sorted(self.runs)],
         }
-        data = msgspec.json.format(msgspec.json.encode(content), indent=1)
+        data = msgspec.json.format(msgspec.json.encode(to_plain(content)), indent=1)
         write_atomic(self.directory / "sweep.json", data + b"\n")
 
     def write_partial_now_and_then(self) -> None:
@@ -132,7 +132,7 @@ class Sweep:
             self._partial_at = time.monotonic() + max(_PARTIAL_INTERVAL_S, took / _PARTIAL_SHARE)
 
     def write_results(self, *, complete: bool) -> Path:
-        """Write the results in the format of seed 002, from the records on the disk.
+        """Write the results in the format of ``train_sweep.py``, from the records on the disk.
 
         Args:
             complete: every run has ended; else the name ends in ``.partial``.
@@ -160,10 +160,10 @@ class Sweep:
 
 
 def results_entry(run: RunDir, record: RunRecord) -> dict[str, Any]:
-    """One run as seed 002 writes it, with its state and directory beside that."""
-    return {
+    """One run as `train_sweep.py` writes it, with its state and directory beside that."""
+    entry = {
         "model_name": record.model_name,
-        "hyperparams": to_plain(record.hyperparams),
+        "hyperparams": record.hyperparams,
         "success": record.success,
         "returncode": record.returncode,
         "duration_seconds": record.duration_seconds,
@@ -171,11 +171,13 @@ def results_entry(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "stdout": _text_tail(run.stdout),
         "stderr": _text_tail(run.stderr),
         "state": record.state.value,
-        "return_value": to_plain(record.return_value),
-        "metrics": to_plain(record.metrics),
-        "error": record.error,
+        "return_value": record.return_value,
+        "metrics": record.metrics,
+        "error": None if record.error is None else msgspec.to_builtins(record.error),
         "directory": str(run.path),
     }
+    plain: dict[str, Any] = to_plain(entry)
+    return plain
 
 
 def _text_tail(path: Path) -> str:

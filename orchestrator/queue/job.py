@@ -75,6 +75,11 @@ def _redirect(run: RunDir) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    open_streams()
+
+
+def open_streams() -> None:
+    """Make ``sys.stdout`` and ``sys.stderr`` write to the logs, line by line, whatever the text."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = _text_stream(descriptor)
         setattr(sys, name, stream)
@@ -147,8 +152,8 @@ def work(call: Callable[[], JobReturn], request: JobRequest, outcome_fd: int) ->
 def give_up(error: BaseException, outcome_fd: int) -> NoReturn:
     """End a job that could not even be set up; the keeper hears why."""
     with contextlib.suppress(BaseException):
-        traceback.print_exception(error)
         _send(outcome_fd, _failed(error, {}))
+        traceback.print_exception(error)
     os._exit(1)
 
 
@@ -163,13 +168,18 @@ def _attempt(call: Callable[[], JobReturn], run: current_run.ActiveRun) -> tuple
             return _completed(None, run.metrics), 0
         return _failed(error, run.metrics), status
     except BaseException as error:  # noqa: BLE001 - KeyboardInterrupt, too, has ended the task
-        traceback.print_exc()
+        _print(error)
         return _failed(error, run.metrics), 1
     value = returned._return_value  # noqa: SLF001 - the property raises a failed job's exception
     if returned.status is JobStatus.COMPLETED:
         return _completed(value, run.metrics), 0
-    traceback.print_exception(value)
+    _print(value)
     return _failed(value, run.metrics), 1
+
+
+def _print(error: BaseException) -> None:
+    with contextlib.suppress(Exception):  # the disk that the log is on may be full
+        traceback.print_exception(error)
 
 
 def _exit_status(error: SystemExit) -> int:
@@ -177,7 +187,8 @@ def _exit_status(error: SystemExit) -> int:
         return 0
     if isinstance(error.code, int):
         return error.code & 0xFF
-    print(error.code, file=sys.stderr)
+    with contextlib.suppress(Exception):
+        print(error.code, file=sys.stderr)
     return 1
 
 

@@ -14,13 +14,14 @@ from orchestrator.overrides import as_typed, parse_override
 from orchestrator.queue.assign import Slots
 from orchestrator.queue.gpus import Gpu, choose_gpus, list_gpus
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
-from orchestrator.queue.plan import Planner, writable_directory
+from orchestrator.queue.plan import Planner
 from orchestrator.queue.progress import SettingsCount, make_progress
 from orchestrator.queue.scheduler import Context, Scheduler
 from orchestrator.queue.signals import StopSignals
 from orchestrator.queue.start_method import choose
 from orchestrator.queue.task import Task, number_job, rehearse
 from orchestrator.sweep.compose import Composer
+from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import SweepError
 from orchestrator.sweep.points import Points
 from orchestrator.sweeps import Sweep, code_change
@@ -84,7 +85,7 @@ class GpuQueue:
             SystemExit: a signal ended the sweep.
         """
         planner = self._planner()
-        self._check(planner.sweep_dir)
+        make_writable(planner.sweep_dir)
         slots, where = self._slots()
         results_file = planner.results.results_file
         sweep = Sweep(
@@ -127,16 +128,6 @@ class GpuQueue:
             shipper = Shipper(self._task)
         return Planner(self.composer, self._config, self._settings, shipper)
 
-    def _check(self, sweep_dir: Path) -> None:
-        try:
-            writable_directory(sweep_dir)
-        except OSError as error:
-            msg = (
-                f"The outputs directory {sweep_dir} cannot be written ({error.strerror}). "
-                "Choose another with hydra.sweep.dir=PATH."
-            )
-            raise SweepError(msg) from error
-
     def _slots(self) -> tuple[Slots, str]:
         settings = self._settings
         gpus, why_none = self._gpus()
@@ -172,25 +163,36 @@ class GpuQueue:
         self._told = True
 
     def _finish(self, scheduler: Scheduler, context: Context, signals: StopSignals) -> None:
-        progress, sweep = context.progress, context.sweep
-        stopped = bool(signals.received)
-        path = sweep.write_results(complete=not stopped)
+        progress, stopped = context.progress, bool(signals.received)
         states = {state.value: count for state, count in progress.states.items()}
-        sweep.write(ended=True, states={**states, "SKIPPED": progress.skipped})
+        results = self._write_results(context, states, complete=not stopped)
         if progress.skipped:
-            change = code_change((r.versions for r in scheduler.answered_by), sweep.versions)
+            change = code_change(
+                (r.versions for r in scheduler.answered_by), context.sweep.versions
+            )
             notes = "; ".join(filter(None, (change, f"run again with {self._no_resume()}")))
             progress.say(f"{progress.skipped} of {progress.total} done already; {notes}")
         if not stopped:
             counts = ", ".join(f"{n} {state.lower()}" for state, n in sorted(states.items()))
-            progress.say(f"All runs ended ({counts or 'nothing was left to run'}). Results: {path}")
+            progress.say(f"All runs ended ({counts or 'nothing was left to run'}). {results}")
             return
         left = progress.total - progress.ended
         progress.say(
             f"Stopped: {states.get('CANCELLED', 0)} running jobs were ended, {left} were not "
-            f"started. Results so far: {path}. The same command again runs what is missing."
+            f"started. {results} The same command again runs what is missing."
         )
         raise SystemExit(128 + signals.received[0])
+
+    def _write_results(self, context: Context, states: dict[str, int], *, complete: bool) -> str:
+        try:
+            path = context.sweep.write_results(complete=complete)
+            context.sweep.write(ended=True, states={**states, "SKIPPED": context.progress.skipped})
+        except OSError as error:
+            return (
+                f"The sweep's results file could not be written ({error}); every run's own "
+                "record has its part, and orchestrator-aggregate merges them."
+            )
+        return f"Results: {path}" if complete else f"Results so far: {path}."
 
     def _no_resume(self) -> str:
         # Our own app has a short name for it.

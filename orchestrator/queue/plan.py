@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,15 +165,3 @@ def _plain_subdir(config: DictConfig) -> str:
     assert isinstance(sweep, dict)
     root = re.sub(r"\$\{now:[^}]*\}", "", str(sweep["dir"]))
     return "" if "${" in root else str(sweep["subdir"])
-
-
-def writable_directory(path: Path) -> None:
-    """Make a directory and write in it.
-
-    Raises:
-        OSError: it cannot be done.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / f".orchestrator.{os.getpid()}.tmp"
-    probe.touch()
-    probe.unlink()

@@ -69,14 +69,16 @@ class Progress:
         self.total = total
         self.settings = settings
         self.states: Counter[RunState] = Counter()
+        # Answered by an earlier sweep; and asked for more than once in this one.
         self.skipped = 0
+        self.repeated = 0
         self.running: dict[int, str] = {}
         self._stream = stream or sys.stdout
         self._began = time.monotonic()
 
     @property
     def ended(self) -> int:
-        return sum(self.states.values()) + self.skipped
+        return sum(self.states.values()) + self.skipped + self.repeated
 
     @property
     def ran(self) -> int:
@@ -102,6 +104,10 @@ class Progress:
 
     def skip(self, overrides: Sequence[str]) -> None:
         self.skipped += 1
+        self.settings.count(overrides)
+
+    def repeat(self, overrides: Sequence[str]) -> None:
+        self.repeated += 1
         self.settings.count(overrides)
 
     def end(self, index: int, overrides: Sequence[str], record: RunRecord, directory: str) -> None:

@@ -264,7 +264,7 @@ class Scheduler:
         for first, plan in self._repeats:
             if self.returns[first] is not None:
                 self.returns[plan.index] = self.returns[first]
-                self._context.progress.skip(plan.overrides)
+                self._context.progress.repeat(plan.overrides)
         self._repeats = [(i, plan) for i, plan in self._repeats if self.returns[i] is None]
 
     def _end(self, job: _Job, message: Ended) -> None:

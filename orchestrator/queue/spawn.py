@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orchestrator.queue.job import exit_on_sigterm, give_up, set_up_process, work
+from orchestrator.queue.job import exit_on_sigterm, give_up, open_streams, set_up_process, work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,6 +154,7 @@ def job_main(stream: Any) -> None:
     request, outcome_fd = pickle.load(stream)  # noqa: S301 - from our own launcher
     os.set_inheritable(outcome_fd, False)
     signal.signal(signal.SIGTERM, exit_on_sigterm)
+    open_streams()
 
     def call() -> Any:
         from orchestrator.queue.task import call_task

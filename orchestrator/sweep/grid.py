@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from orchestrator.overrides import parse_override
 from orchestrator.sweep.compose import Composer
+from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import RunsFailed, SweepError
 from orchestrator.sweep.frozen import freeze
 from orchestrator.sweep.points import Points
@@ -187,7 +188,7 @@ def _params(config: DictConfig) -> dict[str, Any]:
 
 def _save_multirun(config: DictConfig) -> None:
     sweep_dir = Path(config.hydra.sweep.dir)
-    sweep_dir.mkdir(parents=True, exist_ok=True)
+    make_writable(sweep_dir)
     OmegaConf.save(config, sweep_dir / "multirun.yaml")
 
 
