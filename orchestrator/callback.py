@@ -24,12 +24,16 @@ from orchestrator.overrides import as_typed
 from orchestrator.processes import boot_id, hostname, own_identity
 from orchestrator.record import ErrorInfo, RunRecord, RunState, from_plain, to_plain
 from orchestrator.run import ActiveRun
-from orchestrator.store import RunDir, RunLock
-from orchestrator.sweeps import code_versions, rerun_command
+from orchestrator.store import RunDir, RunLock, find_runs
+from orchestrator.sweeps import Sweep, code_versions, rerun_command
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
+
+
+_OUR_LAUNCHERS = "hydra_plugins.hydra_orchestrator."
+_SWEEP_VARIABLE = "ORCHESTRATOR_SWEEP_ID"
 
 
 class ResultsCallback(Callback):
@@ -43,10 +47,38 @@ class ResultsCallback(Callback):
         self._settings = read_settings(settings)
         self._record: RunRecord | None = None
         self._lock: RunLock | None = None
+        self._sweep: Sweep | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Launchers pickle callbacks for their workers; a run in progress stays here.
-        return {"_settings": self._settings, "_record": None, "_lock": None}
+        nothing = dict.fromkeys(("_record", "_lock", "_sweep"))
+        return {"_settings": self._settings, **nothing}
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if str(config.hydra.launcher.get("_target_")).startswith(_OUR_LAUNCHERS):
+            return
+        results_file = self._settings.results_file
+        self._sweep = Sweep(
+            Path(str(config.hydra.sweep.dir)).absolute(),
+            overrides=as_typed(config.hydra),
+            results_file=None if results_file is None else Path(results_file).absolute(),
+        )
+        # Workers of any launcher on this machine inherit it.
+        os.environ[_SWEEP_VARIABLE] = self._sweep.sweep_id
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Write the sweep's results; Hydra does not call this where a job has failed."""
+        sweep, self._sweep = self._sweep, None
+        if sweep is None:
+            return
+        os.environ.pop(_SWEEP_VARIABLE, None)
+        for run in find_runs(sweep.root):
+            record = run.try_read()
+            if record is not None and record.sweep_id == sweep.sweep_id:
+                sweep.add_run(len(sweep.runs) if record.index is None else record.index, run.path)
+        sweep.total = len(sweep.runs)
+        sweep.write(ended=True)
+        sweep.write_results(complete=True)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         active = current_run.active()
@@ -88,7 +120,7 @@ class ResultsCallback(Callback):
         named = hydra.runtime.choices.get("hydra/output") == "named"
         return RunRecord(
             model_name=run.path.name if named else who.name,
-            sweep_id=os.environ.get("ORCHESTRATOR_SWEEP_ID", ""),
+            sweep_id=os.environ.get(_SWEEP_VARIABLE, ""),
             index=None if "num" not in hydra.job else hydra.job.num,
             overrides=overrides,
             hyperparams=who.hyperparams,
