@@ -43,9 +43,9 @@ class Task:
 
 
 def number_job(config: DictConfig, num: int) -> None:
-    """Give a composed config its place in the sweep, as every launcher does."""
+    """Give a composed config its place in the sweep, as Hydra's basic launcher does."""
     with open_dict(config):
-        config.hydra.job.id = f"{config.hydra.job.name}_{num}"
+        config.hydra.job.id = str(num)
         config.hydra.job.num = num
 
 
