@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -125,3 +126,49 @@ def test_an_accent_is_dropped_from_its_letter():
 
 def test_a_cut_name_starts_with_neither_dash_nor_nothing():
     assert not _name({"_" * 300: 1}).startswith("-")
+
+
+TRAIN_SWEEP = """
+{
+  "env": "point_maze",
+  "frameskip": 5,
+  "num_hist": 3,
+  "training.epochs": 50,
+  "bisim_latent_dim": 512,
+  "bisim_hidden_dim": 1024,
+  "model.bypass_dinov2": true,
+  "training.bisim_lr": 5e-6,
+  "var_loss_coef": 1.0,
+  "num_pcs": 10,
+  "VC_target": 1,
+  "PCA1_loss_target": 0.01,
+  "PCAloss_epoch": 50
+}
+"""
+
+TRAIN_SWEEP_NAMES = NamingSettings(
+    keys={
+        "bisim_latent_dim": "bisim",
+        "bisim_hidden_dim": "hidden",
+        "model.bypass_dinov2": {"true": "no_dino", "false": ""},
+        "training.bisim_lr": "lr",
+        "var_loss_coef": "varloss_coef",
+        "num_pcs": "numpcs",
+        "VC_target": "vctarget",
+        "PCA1_loss_target": "pca1target",
+        "PCAloss_epoch": "pcaepoch",
+        "env": "",
+        "frameskip": "fs",
+        "num_hist": "hist",
+        "training.epochs": "epochs",
+    }
+)
+
+
+def test_a_table_gives_the_names_of_train_sweep_letter_for_letter():
+    """The first example name in that tool's README, from the example config there."""
+    name = run_name(json.loads(TRAIN_SWEEP), TRAIN_SWEEP_NAMES, "0" * 32)
+    assert name == (
+        "bisim_512_hidden_1024_no_dino_lr_5e-06_varloss_coef_1_numpcs_10_vctarget_1_"
+        "pca1target_0.01_pcaepoch_50_point_maze_fs_5_hist_3_epochs_50"
+    )

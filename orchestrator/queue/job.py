@@ -46,7 +46,7 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
     for number in (signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, exit_on_sigterm)
+    install_sigterm_handler()
     run = RunDir(Path(request.directory))
     _redirect(run)
     for name, value in request.env.items():
@@ -60,9 +60,21 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
     run.write(msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid)))
 
 
-def exit_on_sigterm(number: int, _frame: object) -> NoReturn:
-    # As an exception, so that `finally` blocks and exit handlers of the task still run.
-    raise SystemExit(128 + number)
+def install_sigterm_handler() -> None:
+    """Turn SIGTERM into SystemExit, so that the task's ``finally`` blocks and exit handlers run.
+
+    In this process only: a worker that is forked off dies of the signal as it would in any
+    program, for an exception in the wrong place of it would be swallowed.
+    """
+    job = os.getpid()
+
+    def handle(number: int, _frame: object) -> None:
+        if os.getpid() == job:
+            raise SystemExit(128 + number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def _redirect(run: RunDir) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 import sys
 import time
 from collections import Counter
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SHOWN_NAMES = 8
+
+
+class _Nowhere(io.StringIO):
+    """Takes any text and keeps none."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class SettingsCount:
@@ -93,8 +100,9 @@ class Progress:
         try:
             self._print(text)
         except (OSError, ValueError):
-            self._stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
-            sys.stdout = self._stream  # or the interpreter's last flush would fail as well
+            if self._stream is sys.stdout:
+                sys.stdout = _Nowhere()  # or the interpreter's last flush would fail as well
+            self._stream = _Nowhere()
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -219,12 +227,13 @@ def make_progress(total: int, settings: SettingsCount) -> Progress:
 
 
 def failure_line(record: RunRecord, directory: str) -> str:
-    """Why a run failed, in one line, and where the rest is written."""
+    """Why a run failed, in one line, and where the rest is written, if it has a directory."""
     reason = "no reason known"
     if record.error is not None:
         first = (record.error.message.strip().splitlines() or [""])[0]
         reason = f"{record.error.type}: {first}"[:300]
-    return f"{record.state.value} {record.model_name}: {reason} (see {directory}/train_stderr.log)"
+    where = f" (see {directory}/train_stderr.log)" if directory else ""
+    return f"{record.state.value} {record.model_name}: {reason}{where}"
 
 
 def clock(seconds: float) -> str:

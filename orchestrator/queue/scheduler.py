@@ -166,7 +166,7 @@ class Scheduler:
         self.returns[index] = result
         info = ErrorInfo(type(error).__name__, str(error))
         record = RunRecord(model_name=" ".join(overrides), state=RunState.FAILED, error=info)
-        self._context.progress.end(index, overrides, record, str(self._context.sweep.root))
+        self._context.progress.end(index, overrides, record, "")
 
     def _start(self, plan: Plan, slot: Slot) -> None:
         context = self._context

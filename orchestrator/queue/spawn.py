@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orchestrator.queue.job import exit_on_sigterm, give_up, open_streams, set_up_process, work
+from orchestrator.queue.job import (
+    give_up,
+    install_sigterm_handler,
+    open_streams,
+    set_up_process,
+    work,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,7 +158,7 @@ def job_main(stream: Any) -> None:
     """The job as a fresh interpreter."""
     request, outcome_fd = pickle.load(stream)  # noqa: S301 - from our own launcher
     os.set_inheritable(outcome_fd, False)
-    signal.signal(signal.SIGTERM, exit_on_sigterm)
+    install_sigterm_handler()
     open_streams()
 
     def call() -> Any:
