@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.naming import run_name
 from orchestrator.overrides import as_typed, hyperparams
 from orchestrator.settings import NamingSettings, ResultsSettings
@@ -144,5 +145,8 @@ def name_in_config(below: str, *, _root_: DictConfig) -> str:
     hydra = _root_.hydra
     who = identify(_root_, as_typed(hydra), results_settings(hydra))
     choose = planned_directory if OmegaConf.is_missing(hydra.job, "num") else own_directory
-    parent = Path(str(OmegaConf.select(hydra, below)))
-    return choose(parent / who.name, who.fingerprint).name
+    parent = OmegaConf.select(hydra, below)
+    if parent is None:
+        msg = f"${{{RESOLVER}:{below}}}: hydra.{below} is not set; expected the runs' parent directory"
+        raise OrchestratorError(msg)
+    return choose(Path(str(parent)) / who.name, who.fingerprint).name

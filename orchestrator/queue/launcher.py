@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from orchestrator.identity import results_settings
 from orchestrator.overrides import as_typed, parse_override
-from orchestrator.queue.assign import Slots
-from orchestrator.queue.gpus import Gpu, choose_gpus, list_gpus
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
 from orchestrator.queue.plan import Planner
 from orchestrator.queue.progress import SettingsCount, make_progress
 from orchestrator.queue.scheduler import Context, Scheduler
 from orchestrator.queue.signals import StopSignals
+from orchestrator.queue.slots import cores, make_slots
 from orchestrator.queue.start_method import choose
 from orchestrator.queue.task import Task, number_job, rehearse
 from orchestrator.sweep.compose import Composer
 from orchestrator.sweep.directory import make_writable
-from orchestrator.sweep.errors import SweepError
 from orchestrator.sweep.points import Points
 from orchestrator.sweeps import Sweep, code_change
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from hydra.core.utils import JobReturn
     from hydra.types import HydraContext, TaskFunction
@@ -52,15 +49,19 @@ class GpuQueue:
         self._config = config
         self._task = Task(task_function, hydra_context.callbacks)
         self.composer = Composer(hydra_context.config_loader, config)
-        self.resumes = bool(results_settings(config.hydra).resume)
         # What jobs have in common is then in the memory that all of them are forked from.
         self._rehearse()
         for name in _to_preload(settings.preload, config):
             _import(name)
+        self._planner = Planner(self.composer, config, settings)
+        self._sweep: Sweep | None = None
         # Before a sweeper computes, a thread starts or NVML is touched.
-        self._method, self._method_reason = choose(settings.start_method)
-        self._server = self._make_server()
+        self._server = self._start_server()
         self._told = False
+
+    @property
+    def resumes(self) -> bool:
+        return self._planner.resume
 
     def _rehearse(self) -> None:
         # Whatever is wrong with the first point, the sweeper will say it better.
@@ -69,9 +70,14 @@ class GpuQueue:
             number_job(config, 0)
             rehearse(config, os.devnull)
 
-    def _make_server(self) -> ServerLink:
+    def _start_server(self) -> ServerLink:
+        self._method, self._method_reason = choose(self._settings.start_method)
         if self._method == "fork":
+            self._planner.shipper = None
             return forked_server(self._task, self.composer)
+        from orchestrator.queue.spawn import Shipper
+
+        self._planner.shipper = Shipper(self._task)
         return spawned_server()
 
     def launch(
@@ -84,30 +90,20 @@ class GpuQueue:
                 directory cannot be written.
             SystemExit: a signal ended the sweep.
         """
-        planner = self._planner()
-        make_writable(planner.sweep_dir)
-        slots, where = self._slots()
-        results_file = planner.results.results_file
-        sweep = Sweep(
-            planner.sweep_dir,
-            overrides=as_typed(self._config.hydra),
-            axes=_axes(job_overrides),
-            total=len(job_overrides),
-            results_file=None if results_file is None else _absolute(results_file),
-        )
-        sweep.write()
+        slots, where = make_slots(self._settings)
+        sweep = self._extend_sweep(job_overrides)
         progress = make_progress(
-            len(job_overrides), SettingsCount(job_overrides, planner.results.seed_key)
+            len(job_overrides), SettingsCount(job_overrides, self._planner.results.seed_key)
         )
-        self._tell(progress, where, planner.sweep_dir)
+        self._tell(progress, where, sweep.root)
         context = Context(
             composer=self.composer,
-            planner=planner,
+            planner=self._planner,
             sweep=sweep,
             slots=slots,
             threads=self._settings.threads or max(1, cores() // slots.size),
             progress=progress,
-            make_server=self._make_server,
+            make_server=self._start_server,
             server=self._server,
         )
         with StopSignals() as signals:
@@ -120,40 +116,21 @@ class GpuQueue:
             self._finish(scheduler, context, signals)
         return [result for result in scheduler.returns if result is not None]
 
-    def _planner(self) -> Planner:
-        shipper = None
-        if self._method == "spawn":
-            from orchestrator.queue.spawn import Shipper
-
-            shipper = Shipper(self._task)
-        return Planner(self.composer, self._config, self._settings, shipper)
-
-    def _slots(self) -> tuple[Slots, str]:
-        settings = self._settings
-        gpus, why_none = self._gpus()
-        for name in ("max_processes", "max_processes_per_gpu"):
-            value = getattr(settings, name)
-            if value is not None and value < 1:
-                msg = f"hydra.launcher.{name} is {value}; expected at least 1."
-                raise SweepError(msg)
-        if gpus:
-            room = len(gpus) * settings.max_processes_per_gpu
-            size = min(room, settings.max_processes or room)
-            names = ", ".join(f"{gpu.index} ({gpu.name} {gpu.uuid})" for gpu in gpus)
-            return Slots(gpus, settings.max_processes_per_gpu, size), f"GPUs {names}"
-        size = settings.max_processes or cores()
-        return Slots([], 1, size), f"CPU, for want of GPUs: {why_none}"
-
-    def _gpus(self) -> tuple[list[Gpu], str]:
-        wanted = self._settings.gpus
-        if not isinstance(wanted, (str, int)) and not list(wanted or []):
-            return [], "hydra.launcher.gpus is empty"
-        found, why_none = list_gpus()
-        mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-        chosen = choose_gpus(wanted, found, mask)
-        if found and not chosen:
-            why_none = f"CUDA_VISIBLE_DEVICES={mask} allows none of the {len(found)}"
-        return chosen, why_none
+    def _extend_sweep(self, points: Sequence[Sequence[str]]) -> Sweep:
+        """All launches of one launcher, as sweepers with batches make them, are one sweep."""
+        sweep = self._sweep
+        if sweep is None:
+            results_file = self._planner.results.results_file
+            make_writable(self._planner.sweep_dir)
+            sweep = self._sweep = Sweep(
+                self._planner.sweep_dir,
+                overrides=as_typed(self._config.hydra),
+                axes=_axes(points),
+                results_file=None if results_file is None else Path(results_file).absolute(),
+            )
+        sweep.total += len(points)
+        sweep.write()
+        return sweep
 
     def _tell(self, progress: Progress, where: str, sweep_dir: Path) -> None:
         if not self._told:
@@ -198,18 +175,6 @@ class GpuQueue:
         # Our own app has a short name for it.
         short = self._config.get("resume") is not None
         return "resume=false" if short else "hydra.callbacks.results.resume=false"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _absolute(path: str) -> Path:
-    from pathlib import Path
-
-    return Path(path).absolute()
 
 
 def _first_point(arguments: Sequence[str]) -> list[str]:

@@ -21,8 +21,8 @@ from orchestrator.sweeps import rerun_command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from orchestrator.queue.assign import Slot
     from orchestrator.queue.settings import GpuQueueSettings
+    from orchestrator.queue.slots import Slot
     from orchestrator.queue.spawn import Shipper
     from orchestrator.sweep.compose import Composer
     from orchestrator.sweeps import Sweep
@@ -52,7 +52,6 @@ class Planner:
         composer: composes the points.
         config: the sweep's own config.
         launcher: the settings of the queue.
-        shipper: packs jobs for fresh interpreters; None where jobs are forked.
     """
 
     def __init__(
@@ -60,13 +59,13 @@ class Planner:
         composer: Composer,
         config: DictConfig,
         launcher: GpuQueueSettings,
-        shipper: Shipper | None,
     ) -> None:
         self.results = results_settings(config.hydra)
         self._composer = composer
         self._config = config
         self._launcher = launcher
-        self._shipper = shipper
+        # Packs jobs for fresh interpreters; None while jobs are forked.
+        self.shipper: Shipper | None = None
         self._hydra_overrides = as_typed(config.hydra, "hydra")
         self._subdir = _plain_subdir(config)
         self._named = self._subdir == _NAMED_SUBDIR
@@ -106,6 +105,11 @@ class Planner:
         config = self._composer.compose(overrides)
         number_job(config, num)
         return output_dir(config)
+
+    def remember(self, plan: Plan, record: RunRecord) -> None:
+        """A run has ended; if well, it answers the same run under another name from now on."""
+        if self.resume and record.state is RunState.COMPLETED:
+            self._done[plan.who.fingerprint] = plan.directory
 
     def _recorded(self, who: Identity) -> tuple[Path, RunRecord] | None:
         path = self._done.get(who.fingerprint)
@@ -152,11 +156,11 @@ class Planner:
         return rerun_command(overrides, words)
 
     def _payload(self, plan: Plan) -> bytes | None:
-        if self._shipper is None:
+        if self.shipper is None:
             return None
         config = self._composer.compose(plan.overrides)
         number_job(config, plan.num)
-        return self._shipper.pack(config)
+        return self.shipper.pack(config)
 
 
 def _plain_subdir(config: DictConfig) -> str:

@@ -17,11 +17,11 @@ from orchestrator.store import RunDir
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from orchestrator.queue.assign import Slot, Slots
     from orchestrator.queue.link import JobLink, ServerLink
     from orchestrator.queue.plan import Plan, Planner
     from orchestrator.queue.progress import Progress
     from orchestrator.queue.signals import StopSignals
+    from orchestrator.queue.slots import Slot, Slots
     from orchestrator.queue.wire import JobRequest
     from orchestrator.sweep.compose import Composer
     from orchestrator.sweeps import Sweep
@@ -272,6 +272,7 @@ class Scheduler:
             self._context.progress.running.pop(job.plan.index, None)
             self._answer(job.plan, message.record)
             return
+        self._context.planner.remember(job.plan, message.record)
         self._result(job.plan).take(message.record, message.value)
         if message.warning:
             self._context.progress.say(f"{message.record.model_name}: {message.warning}")

@@ -92,17 +92,18 @@ class Workplace:
         self.mark = uuid.uuid4().hex
         self.env = {**os.environ, MARK: self.mark, "SWEEP_STATE": str(self.state)}
         self.env.pop("CUDA_VISIBLE_DEVICES", None)
-        self._starts = 0
+        self._sweeps = []
 
     def start(self, app, *words, common=COMMON, mode="-m", env=None, python=(), **popen):
-        self._starts += 1
-        return SweepRun(
+        sweep = SweepRun(
             [sys.executable, *python, str(APPS / app), mode, *common, *words],
             cwd=self.directory,
             env={**self.env, **(env or {})},
-            log=self.directory / f"log-{self._starts}.txt",
+            log=self.directory / f"log-{len(self._sweeps) + 1}.txt",
             **popen,
         )
+        self._sweeps.append(sweep)
+        return sweep
 
     def run(self, app, *words, expect=0, patience=120.0, **how):
         """Start an app and wait for its end; what it printed."""
@@ -110,6 +111,10 @@ class Workplace:
         code = sweep.wait(patience)
         assert code == expect, f"exit status {code}, expected {expect}:\n{sweep.text}"
         return sweep.text
+
+    @staticmethod
+    def until(condition, what, patience=PATIENCE_S):
+        return wait_until(condition, what, patience)
 
     # --- what is there ---
 
@@ -161,6 +166,8 @@ class Workplace:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             psutil.wait_procs(left, 5)
+        for sweep in self._sweeps:
+            sweep.process.wait(PATIENCE_S)
 
 
 @pytest.fixture
@@ -171,8 +178,14 @@ def workplace(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shared_workplace(tmp_path_factory):
-    """For one sweep that many tests look at."""
-    place = Workplace(tmp_path_factory.mktemp("shared") / "work")
-    yield place
-    place.kill_all()
+def make_workplace():
+    """Makes workplaces for sweeps that many tests look at."""
+    places = []
+
+    def make(directory):
+        places.append(Workplace(directory))
+        return places[-1]
+
+    yield make
+    for place in places:
+        place.kill_all()

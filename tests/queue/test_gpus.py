@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.queue.assign import Slots, assign
+from orchestrator.queue.assign import assign
 from orchestrator.queue.gpus import Gpu, choose_gpus
+from orchestrator.queue.slots import Slots
 from orchestrator.sweep.errors import SweepError
 
 STUB = Path(__file__).parents[1] / "nvml" / "nvml_stub.c"

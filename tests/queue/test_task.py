@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-APP = '''
+APP = """
 import json, os, sys, hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -41,7 +41,7 @@ def main(cfg):
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 CONFIG = """
 lr: 0.1
