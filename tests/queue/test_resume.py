@@ -52,9 +52,8 @@ def test_a_default_spelled_out_is_the_same_run(workplace):
 
 
 def git(directory, *words):
-    who = [
-        f"-c{key}" for key in ("user.name=t", "user.email=t@example.org", "commit.gpgsign=false")
-    ]
+    keys = ("user.name=t", "user.email=t@example.org", "commit.gpgsign=false")
+    who = [word for key in keys for word in ("-c", key)]
     done = subprocess.run(
         ["git", *who, *words], cwd=directory, check=True, capture_output=True, text=True
     )
