@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from orchestrator.queue.job import forget_parent, give_up, set_up_process, work
+from orchestrator.queue.job import (
+    forget_parent,
+    give_up,
+    limit_blas_threads,
+    set_up_process,
+    work,
+)
 from orchestrator.queue.task import Task, call_task, number_job
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
 
-    from orchestrator.queue.keeper import JobBody
+    from orchestrator.queue.keeper import JobBody, Preparation
     from orchestrator.queue.wire import JobRequest
     from orchestrator.record import RunRecord
     from orchestrator.sweep.compose import Composer
+
+
+def preparation(composer: Composer) -> Preparation:
+    """What a keeper does before it forks a job: compose what the job starts from, set threads."""
+
+    def prepare(request: JobRequest) -> None:
+        composer.learn(request.parsed)
+        composer.prepare(list(request.overrides))
+        limit_blas_threads(request.threads)
+
+    return prepare
 
 
 def forked_body(task: Task, composer: Composer) -> JobBody:

@@ -103,12 +103,26 @@ def _text_stream(descriptor: int) -> io.TextIOWrapper:
     return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
-def limit_threads(threads: int) -> None:
-    """Bound the pools of libraries that are loaded already, which read no variable any more."""
-    if "numpy" in sys.modules or "scipy" in sys.modules:
-        import threadpoolctl
+_blas_threads = 0
 
-        threadpoolctl.threadpool_limits(threads)
+
+def limit_blas_threads(threads: int) -> None:
+    """Bound the pools of BLAS libraries that are loaded already and read no variable any more.
+
+    Forks inherit it, so a keeper does it once for all its jobs; asking again is free.
+    """
+    global _blas_threads  # noqa: PLW0603 - the pools belong to the process
+    if threads == _blas_threads or not {"numpy", "scipy"} & sys.modules.keys():
+        return
+    import threadpoolctl
+
+    threadpoolctl.threadpool_limits(threads)
+    _blas_threads = threads
+
+
+def limit_threads(threads: int) -> None:
+    """Bound every pool that is loaded already."""
+    limit_blas_threads(threads)
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
@@ -126,8 +140,12 @@ def reseed(fingerprint: str) -> None:
     if numpy is not None:
         numpy.random.seed(seed)
     torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(seed)
+    if torch is None:
+        return
+    if torch.backends.cuda.is_built():
+        torch.manual_seed(seed)  # the devices' generators, too, once they are there
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def forget_parent() -> None:

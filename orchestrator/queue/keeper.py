@@ -1,8 +1,8 @@
-"""The keeper: one small process per job, which nothing that the job starts can escape.
+"""The keeper: a process that looks after one job at a time, and that nothing of it can escape.
 
 It claims the run directory, forks the job, ends it when asked, at its time limit, or when
 launcher or job server die, waits until the whole process tree is gone, and writes the final
-record.
+record. Then it is ready for the next.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import enum
 import os
 import selectors
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,16 +33,19 @@ from orchestrator.queue.wire import (
     Stop,
     final_state,
     pack,
+    receive_with_fd,
+    unpack,
 )
 from orchestrator.record import Attempt, ErrorInfo, RunRecord, RunState
 from orchestrator.store import RunDir, RunLock, last_metrics
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
 
     # Becomes the job in the forked child, reports on the given descriptor, never returns.
     JobBody = Callable[[JobRequest, RunRecord, int], None]
+    # Loads what the jobs of one keeper share; each of them inherits it.
+    Preparation = Callable[[JobRequest], None]
 
 _WRITE_RETRIES_S = (0.1, 0.5, 1.0)
 
@@ -61,34 +65,78 @@ class Reason(enum.Enum):
         )
 
 
+def keep_jobs(
+    orders: socket.socket, server_alive: int, body: JobBody, prepare: Preparation | None
+) -> None:
+    """Keep one job after another, until the server closes the connection.
+
+    Args:
+        orders: where requests come from; a byte goes back after each job.
+        server_alive: readable (at its end) once the job server is dead.
+        body: becomes the job.
+        prepare: is called before each fork.
+    """
+    become_subreaper()
+    child_ended = wake_up_on(signal.SIGCHLD)
+    while (received := receive_with_fd(orders)) is not None:
+        request = unpack(received[0])
+        with socket.socket(fileno=received[1]) as launcher:
+            if prepare is not None:
+                # An error in common work is the job's to meet and to report.
+                with contextlib.suppress(Exception):
+                    prepare(request)
+            keeper = Keeper(request, launcher, server_alive, child_ended, orders.fileno())
+            keeper.keep(body)
+        orders.send(b"\0")
+
+
 class Keeper:
     """Looks after one job from before its start until nothing of it is left."""
 
-    def __init__(self, request: JobRequest, launcher: socket.socket, server_alive: int) -> None:
+    def __init__(
+        self,
+        request: JobRequest,
+        launcher: socket.socket,
+        server_alive: int,
+        child_ended: int,
+        orders: int,
+    ) -> None:
         self._request = request
         self._run = RunDir(Path(request.directory))
         self._launcher = launcher
         self._commands = Inbox(launcher.fileno())
-        # Readable (at its end) once the job server is dead.
         self._server_alive = server_alive
+        self._child_ended = child_ended
+        # What a job must not inherit: others would not see them end.
+        self._own = (launcher.fileno(), server_alive, child_ended, orders)
         self._reason: Reason | None = None
         self._told_to_stop = False
         self._outcome: Outcome | None = None
 
     def keep(self, body: JobBody) -> None:
         """Run the job to its end and record it; answer only, if it is done or being done."""
-        become_subreaper()
-        # The job inherits the lock: it is held until the last of both has ended.
-        lock = RunLock.acquire(self._run)
+        try:
+            # The job inherits the lock: it is held until the last of both has ended.
+            lock = RunLock.acquire(self._run)
+            if lock is None:
+                self._send(Busy())
+                return
+            try:
+                self._keep_locked(body)
+            finally:
+                lock.release()
+        except OSError as error:  # the directory is gone, the disk is full, …
+            info = ErrorInfo(type(error).__name__, f"the run could not be started: {error}")
+            self._send(Ended(self._request.record.advance(RunState.FAILED, error=info)))
+
+    def _keep_locked(self, body: JobBody) -> None:
         earlier = self._run.try_read()
-        if lock is None:
-            self._send(Busy())
-        elif earlier is not None and self._request.resume and self._is_done(earlier):
+        if earlier is not None and self._request.resume and self._is_done(earlier):
             self._send(Ended(earlier, skipped=True))
-        else:
-            record, tree = self._work(self._set_aside(earlier), body)
-            self._send(Exited())
-            self._finish(record, tree.returncode or 0)
+            return
+        record, tree = self._work(self._set_aside(earlier), body)
+        self._send(Exited())
+        self._finish(record, tree.returncode or 0)
 
     def _is_done(self, earlier: RunRecord) -> bool:
         same = earlier.fingerprint == self._request.record.fingerprint
@@ -106,7 +154,6 @@ class Keeper:
     def _work(self, attempts: tuple[Attempt, ...], body: JobBody) -> tuple[RunRecord, JobTree]:
         """Fork the job and wait until it and all that it started are gone."""
         outcome_fd, job_outcome_fd = os.pipe()
-        child_ended = wake_up_on(signal.SIGCHLD)
         record = self._request.record.advance(
             RunState.RUNNING,
             attempts=attempts,
@@ -117,22 +164,18 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
-            for descriptor in (
-                outcome_fd,
-                child_ended,
-                self._launcher.fileno(),
-                self._server_alive,
-            ):
+            for descriptor in (outcome_fd, *self._own):
                 os.close(descriptor)
             body(self._request, record, job_outcome_fd)
         os.close(job_outcome_fd)
         tree = JobTree(pid, self._request.kill_grace_s)
         record = msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid))
         self._send(Started(pid, record.started_at or 0.0))
-        self._watch(tree, outcome_fd, child_ended)
+        self._watch(tree, outcome_fd)
+        os.close(outcome_fd)
         return record, tree
 
-    def _watch(self, tree: JobTree, outcome_fd: int, child_ended: int) -> None:
+    def _watch(self, tree: JobTree, outcome_fd: int) -> None:
         os.set_blocking(outcome_fd, False)
         outcome = Inbox(outcome_fd)
         limit = self._request.timeout_s
@@ -140,7 +183,7 @@ class Keeper:
         with selectors.DefaultSelector() as selector:
             for descriptor in (
                 outcome_fd,
-                child_ended,
+                self._child_ended,
                 self._launcher.fileno(),
                 self._server_alive,
             ):
@@ -155,8 +198,8 @@ class Keeper:
                         self._take_outcome(outcome)
                         if outcome.closed:
                             selector.unregister(outcome_fd)
-                    elif key.fd == child_ended:
-                        os.read(child_ended, 4096)
+                    elif key.fd == self._child_ended:
+                        os.read(self._child_ended, 4096)
                     else:
                         self._take_orders(key.fd, tree)
                         if key.fd == self._server_alive or self._commands.closed:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from orchestrator.overrides import as_typed, parse_override
+from orchestrator.processes import boot_id, hostname
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
 from orchestrator.queue.plan import Planner
 from orchestrator.queue.progress import SettingsCount, make_progress
@@ -53,6 +55,7 @@ class GpuQueue:
         self._rehearse()
         for name in _to_preload(settings.preload, config):
             _import(name)
+        _load_lazy_parts()
         self._planner = Planner(self.composer, config, settings)
         self._sweep: Sweep | None = None
         # Before a sweeper computes, a thread starts or NVML is touched.
@@ -206,6 +209,14 @@ def _to_preload(preload: Any, config: DictConfig) -> list[str]:
     if not preload:
         return []
     return [preload] if isinstance(preload, str) else [str(name) for name in preload]
+
+
+def _load_lazy_parts() -> None:
+    """Have in memory what every job would otherwise load or look up for itself."""
+    boot_id()
+    hostname()
+    if "numpy" in sys.modules:  # which brings its generators only when asked
+        importlib.import_module("numpy.random")
 
 
 def _import(name: str) -> None:

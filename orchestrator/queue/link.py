@@ -56,7 +56,7 @@ class ServerLink:
         ours, theirs = _socket_pair()
         try:
             with theirs:
-                send_with_fd(self._connection, request, theirs.fileno())
+                send_with_fd(self._connection, pack(request), theirs.fileno())
         except OSError:
             ours.close()
             raise
@@ -102,14 +102,10 @@ def _become_server(launcher: socket.socket, task: Task, composer: Composer) -> N
         null = os.open(os.devnull, os.O_RDWR)
         for target in (0, 1):
             os.dup2(null, target)
-        from orchestrator.queue.forked import forked_body
+        from orchestrator.queue.forked import forked_body, preparation
         from orchestrator.queue.server import serve
 
-        serve(
-            launcher,
-            forked_body(task, composer),
-            lambda request: composer.prepare(list(request.overrides)),
-        )
+        serve(launcher, forked_body(task, composer), preparation(composer))
     finally:
         os._exit(0)
 

@@ -145,6 +145,7 @@ class Planner:
             threads=threads,
             timeout_s=self._launcher.timeout_s,
             kill_grace_s=self._launcher.kill_grace_s,
+            parsed=self._composer.known(plan.overrides),
             payload=self._payload(plan),
         )
 

@@ -210,7 +210,7 @@ class Scheduler:
     def _hear(self, job: _Job) -> None:
         for message in job.link.inbox.receive():
             self._take(job, message)
-        if job.link.inbox.closed:
+        if job.answered or job.link.inbox.closed:
             self._release(job)
             del self._jobs[job.plan.index]
             self._selector.unregister(job.link)

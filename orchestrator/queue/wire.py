@@ -35,6 +35,8 @@ class JobRequest:
     threads: int = 1
     timeout_s: float | None = None
     kill_grace_s: float = 10.0
+    # What the launcher has parsed of the overrides already, for the composer.
+    parsed: Any = None
     # For a fresh interpreter: what it needs to find and call the task.
     payload: bytes | None = None
 
@@ -128,22 +130,24 @@ class Inbox:
         return messages
 
 
-def send_with_fd(connection: socket.socket, message: Any, descriptor: int) -> None:
-    """Send a message and, with its first byte, a file descriptor."""
-    data = pack(message)
-    socket.send_fds(connection, [data[:1]], [descriptor])
-    connection.sendall(data[1:])
+def send_with_fd(connection: socket.socket, packed: bytes, descriptor: int) -> None:
+    """Send a packed message and, with its first byte, a file descriptor."""
+    socket.send_fds(connection, [packed[:1]], [descriptor])
+    connection.sendall(packed[1:])
 
 
-def receive_with_fd(connection: socket.socket) -> tuple[Any, int] | None:
-    """The next message and its descriptor; None when the other end is gone."""
+def receive_with_fd(connection: socket.socket) -> tuple[bytes, int] | None:
+    """The next message, still packed, and its descriptor; None when the other end is gone."""
     first, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
     if not first:
         return None
     header = first + receive_exactly(connection, _HEADER.size - 1)
     (length,) = _HEADER.unpack(header)
-    body = receive_exactly(connection, length)
-    return pickle.loads(body), descriptors[0]  # noqa: S301 - from our own launcher
+    return header + receive_exactly(connection, length), descriptors[0]
+
+
+def unpack(packed: bytes) -> Any:
+    return pickle.loads(memoryview(packed)[_HEADER.size :])  # noqa: S301 - from our own launcher
 
 
 def receive_exactly(connection: socket.socket, length: int) -> bytes:

@@ -120,6 +120,14 @@ class Composer:
         OmegaConf.clear_cache(config)
         return config
 
+    def known(self, overrides: Sequence[str]) -> dict[str, Any]:
+        """What was found out about overrides, to be sent to a fork of this process."""
+        return {text: self._kinds[text] for text in overrides if text in self._kinds}
+
+    def learn(self, known: dict[str, Any]) -> None:
+        """Take in what `known` gave in the process that this one was forked from."""
+        self._kinds.update(known)
+
     def chooses_group(self, override: str) -> bool:
         """Whether an override chooses a config group, or is of a kind only Hydra can judge."""
         with suppress(Exception):
