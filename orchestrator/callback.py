@@ -12,7 +12,6 @@ import contextlib
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,9 +105,7 @@ class ResultsCallback(Callback):
                 plain = to_plain(value)
             self._finish(RunState.COMPLETED, return_value=plain, returncode=0)
         else:
-            text = "".join(traceback.format_exception(value))
-            error = ErrorInfo(type(value).__qualname__, str(value), text)
-            self._finish(RunState.FAILED, error=error, returncode=1)
+            self._finish(RunState.FAILED, error=ErrorInfo.of(value), returncode=1)
 
     def _first_record(
         self, config: DictConfig, run: RunDir, earlier: RunRecord | None

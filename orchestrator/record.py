@@ -7,6 +7,7 @@ JSON has no NaN or infinity. They are written as the strings ``"NaN"``, ``"Infin
 from __future__ import annotations
 
 import math
+import traceback
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -72,6 +73,19 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     type: str
     message: str
     traceback: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorInfo:
+        """An exception as text, whatever its own methods do."""
+        try:
+            message = str(error)
+        except Exception:  # noqa: BLE001
+            message = "(its text could not be had)"
+        try:
+            text = "".join(traceback.format_exception(error))
+        except Exception:  # noqa: BLE001
+            text = ""
+        return cls(type(error).__qualname__, message, text)
 
 
 class Attempt(msgspec.Struct, frozen=True):

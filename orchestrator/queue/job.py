@@ -245,22 +245,12 @@ def _completed(value: Any, logged: dict[str, float]) -> Outcome:
 
 
 def _failed(error: BaseException, logged: dict[str, float]) -> Outcome:
-    text = "".join(traceback.format_exception(error))
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001 - an exception whose __str__ raises
-        message = "(its text could not be had)"
     pickled = None
     with contextlib.suppress(Exception):
         data = pickle.dumps(error, protocol=pickle.HIGHEST_PROTOCOL)
         pickle.loads(data)  # noqa: S301 - many exceptions pickle but do not unpickle
         pickled = data
-    info = ErrorInfo(type(error).__qualname__, _clean(message), _clean(text))
-    return Outcome(completed=False, value=pickled, error=info, metrics=logged)
-
-
-def _clean(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return Outcome(completed=False, value=pickled, error=ErrorInfo.of(error), metrics=logged)
 
 
 def _send(descriptor: int, outcome: Outcome) -> None:
