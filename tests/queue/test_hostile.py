@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import contextmanager
 
 import msgspec
@@ -461,13 +462,8 @@ def test_a_disk_that_a_task_fills(workplace):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_disk_that_is_full_while_runs_run(workplace, method):
     words = ("x=range(6)", f"hydra.launcher.start_method={method}")
-    workplace.env["SWEEP_HOLD_FROM"] = "2"
     with small_disk(workplace.outputs, "1m"):
-        sweep = workplace.start("ledger_app.py", *words)
-        while len(workplace.held()) < 2 or workplace.states()["COMPLETED"] < 2:
-            assert sweep.process.poll() is None, sweep.text
-        fill(workplace.outputs / "fill")
-        workplace.open_gate()
+        sweep = hold_and_fill(workplace, *words)
         assert sweep.wait() == 1
         text = sweep.text
         assert not workplace.processes()
@@ -485,26 +481,40 @@ def test_a_disk_that_is_full_while_runs_run(workplace, method):
 
 
 def test_a_full_disk_is_said_without_a_traceback(workplace):
-    workplace.env["SWEEP_HOLD_FROM"] = "2"
     with small_disk(workplace.outputs, "1m"):
-        sweep = workplace.start("ledger_app.py", "x=range(4)")
-        while len(workplace.held()) < 2 or workplace.states()["COMPLETED"] < 2:
-            assert sweep.process.poll() is None, sweep.text
-        fill(workplace.outputs / "fill")
-        workplace.open_gate()
+        sweep = hold_and_fill(workplace, "x=range(4)")
         assert sweep.wait() == 1
         assert "Completed 4 out of 4" in sweep.text
         assert "in write_atomic" not in sweep.text
 
 
+def hold_and_fill(workplace, *words):
+    """Start a sweep; when two runs have finished and two are running, fill the disk."""
+    workplace.env["SWEEP_HOLD_FROM"] = "2"
+    sweep = workplace.start("ledger_app.py", *words)
+    while len(workplace.held()) < 2 or "Completed 2 out of" not in sweep.text:
+        assert sweep.process.poll() is None, sweep.text
+        time.sleep(0.02)
+    quiet = 0
+    # Until nothing that was written meanwhile has given room back.
+    while quiet < 3:
+        quiet = 0 if fill(workplace.outputs / "fill") else quiet + 1
+        time.sleep(0.1)
+    workplace.open_gate()
+    return sweep
+
+
 def fill(path):
-    with path.open("wb", buffering=0) as file:
+    """Write until nothing more fits; how many bytes that was."""
+    written = 0
+    with path.open("ab", buffering=0) as file:
         for size in (65536, 4096, 1):
             try:
                 while True:
-                    file.write(b"x" * size)
+                    written += file.write(b"x" * size)
             except OSError:
                 continue
+    return written
 
 
 @pytest.mark.parametrize("kind", ["file", "below a file", "read-only"])
@@ -531,8 +541,9 @@ def test_outputs_that_cannot_be_written(workplace, kind, sweeper):
 def test_outputs_that_vanish_while_runs_run(workplace):
     workplace.env["SWEEP_HOLD_FROM"] = "2"
     sweep = workplace.start("ledger_app.py", "x=range(6)")
-    while len(workplace.held()) < 2 or workplace.states()["COMPLETED"] < 2:
+    while len(workplace.held()) < 2 or "Completed 2 out of" not in sweep.text:
         assert sweep.process.poll() is None, sweep.text
+        time.sleep(0.02)
     shutil.rmtree(workplace.outputs)
     workplace.open_gate()
     assert sweep.wait() in (0, 1)
@@ -544,7 +555,7 @@ def test_outputs_that_vanish_while_runs_run(workplace):
 
 def test_a_limit_on_open_files(workplace):
     """Descriptors do not pile up with the number of runs."""
-    sweep = workplace.start(APP, "case=fine", "number=range(100)", "hydra.launcher.max_processes=4")
+    sweep = workplace.start(APP, "case=fine", "number=range(60)", "hydra.launcher.max_processes=4")
     most = 0
     while sweep.process.poll() is None:
         try:
