@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from orchestrator.queue.job import (
@@ -14,6 +15,8 @@ from orchestrator.queue.job import (
 from orchestrator.queue.task import Task, call_task, number_job
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hydra.core.utils import JobReturn
 
     from orchestrator.queue.keeper import JobBody, Preparation
@@ -43,11 +46,11 @@ def forked_body(task: Task, composer: Composer) -> JobBody:
         except BaseException as error:  # noqa: BLE001 - the last frame of the process
             give_up(error, outcome_fd)
 
-        def call() -> JobReturn:
+        def load() -> Callable[[], JobReturn]:
             config = composer.compose_in_place(list(request.overrides))
             number_job(config, request.num)
-            return call_task(task, config, request.directory)
+            return partial(call_task, task, config, request.directory)
 
-        work(call, request, outcome_fd)
+        work(load, request, outcome_fd)
 
     return body

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from hydra.core.utils import JobReturn
 
+    Load = Callable[[], Callable[[], JobReturn]]
+
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -66,15 +68,22 @@ def install_sigterm_handler() -> None:
     In this process only: a worker that is forked off dies of the signal as it would in any
     program, for an exception in the wrong place of it would be swallowed.
     """
-    job = os.getpid()
 
     def handle(number: int, _frame: object) -> None:
-        if os.getpid() == job:
-            raise SystemExit(128 + number)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        raise SystemExit(128 + number)
+
+    def back_to_default() -> None:
+        if signal.getsignal(signal.SIGTERM) is handle:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
     signal.signal(signal.SIGTERM, handle)
+    # Blocked over the fork: Python forgets signals that reach a child in its first moments.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM}),
+        after_in_child=back_to_default,
+    )
 
 
 def _redirect(run: RunDir) -> None:
@@ -158,15 +167,16 @@ def forget_parent() -> None:
         process._children = set()  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-def work(call: Callable[[], JobReturn], request: JobRequest, outcome_fd: int) -> NoReturn:
-    """Call the task, send its outcome to the keeper, and end the process as Python would."""
+def work(load: Load, request: JobRequest, outcome_fd: int) -> NoReturn:
+    """Call the task, send its outcome to the keeper, and end the process as Python would.
+
+    ``load`` gets everything ready, imports included, and returns what calls the task.
+    """
     status, own_pid = 1, os.getpid()
     try:
         run = current_run.ActiveRun(RunDir(Path(request.directory)), managed=True)
         current_run.activate(run)
-        limit_threads(request.threads)
-        reseed(request.record.fingerprint)
-        outcome, status = _attempt(call, run)
+        outcome, status = _attempt(load, request, run)
         # A fork that the task made and did not end comes back here, too; it is not the job.
         if os.getpid() == own_pid:
             _send(outcome_fd, outcome)
@@ -187,10 +197,13 @@ def give_up(error: BaseException, outcome_fd: int) -> NoReturn:
     os._exit(1)
 
 
-def _attempt(call: Callable[[], JobReturn], run: current_run.ActiveRun) -> tuple[Outcome, int]:
+def _attempt(load: Load, request: JobRequest, run: current_run.ActiveRun) -> tuple[Outcome, int]:
     from hydra.core.utils import JobStatus
 
     try:
+        call = load()
+        limit_threads(request.threads)
+        reseed(request.record.fingerprint)
         returned = call()
     except SystemExit as error:
         status = _exit_status(error)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator.queue.job import (
@@ -25,6 +26,7 @@ from orchestrator.queue.job import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
     from orchestrator.queue.task import Task
@@ -161,13 +163,13 @@ def job_main(stream: Any) -> None:
     install_sigterm_handler()
     open_streams()
 
-    def call() -> Any:
+    def load() -> Callable[[], JobReturn]:
         from orchestrator.queue.task import call_task
 
         task, config = _unpack(stream)
-        return call_task(task, config, request.directory)
+        return partial(call_task, task, config, request.directory)
 
-    work(call, request, outcome_fd)
+    work(load, request, outcome_fd)
 
 
 def _unpack(stream: Any) -> tuple[Task, DictConfig]:
