@@ -576,7 +576,8 @@ def test_a_limit_on_open_files(workplace):
     most = 0
     while sweep.process.poll() is None:
         try:
-            family = [psutil.Process(sweep.pid), *psutil.Process(sweep.pid).children()]
+            launcher = psutil.Process(sweep.pid)
+            family = [launcher, *launcher.children(recursive=True)]
             most = max([most, *(process.num_fds() for process in family)])
         except psutil.Error:
             continue

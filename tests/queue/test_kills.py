@@ -268,6 +268,47 @@ def test_a_killed_keeper_costs_its_own_run_only(workplace, method):
     complete(workplace, method, done=5, earlier={"x_2": ["LOST"]})
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_keeper_killed_between_two_jobs_costs_no_run(workplace, method):
+    """It dies just when the server has a job for it."""
+    sweep = begin(workplace, method=method, child="none")
+    job, keeper, server = processes_of(workplace, "x_2")
+    server.suspend()
+    job.kill()
+    deadline = time.monotonic() + 60
+    while "FAILED x_2" not in sweep.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    keeper.kill()
+    time.sleep(0.1)
+    server.resume()
+    wait_for_held(workplace, sweep, 3)
+    workplace.open_gate()
+    assert sweep.wait() == 1
+    assert not workplace.processes()
+    assert workplace.states() == {"COMPLETED": 5, "FAILED": 1}
+    complete(workplace, method, done=5, earlier={"x_2": ["FAILED"]})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_has_no_job_may_be_killed(workplace, method):
+    workplace.env["SWEEP_HOLD_FROM"] = "1"
+    sweep = workplace.start(APP, "x=0,1", f"hydra.launcher.start_method={method}")
+    deadline = time.monotonic() + 60
+    while not workplace.held() or "Completed 1 out of 2" not in sweep.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    _, keeper, server = processes_of(workplace, "x_1")
+    for other in server.children():
+        if other != keeper:
+            other.kill()
+    time.sleep(0.1)
+    workplace.open_gate()
+    assert sweep.wait() == 0
+    assert not workplace.processes()
+    check_finished(workplace)
+
+
 def test_a_keeper_killed_after_its_record_was_written_loses_nothing(workplace):
     sweep = workplace.start("hostile_app.py", "case=returns_50_mb")
     deadline = time.monotonic() + 60
