@@ -247,8 +247,10 @@ class Keeper:
             duration_seconds=round(ended_at - (running.started_at or ended_at), 3),
             metrics=outcome.metrics if outcome else last_metrics(self._run),
         )
-        warning = self._write(record) or (outcome.warning if outcome else "")
-        self._send(Ended(record, outcome.value if outcome else None, warning))
+        unsaved = self._write(record)
+        warning = unsaved or (outcome.warning if outcome else "")
+        value = outcome.value if outcome else None
+        self._send(Ended(record, value, warning, saved=not unsaved))
 
     def _error(self, returncode: int) -> ErrorInfo:
         if self._reason is not None:

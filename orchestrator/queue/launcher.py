@@ -23,6 +23,7 @@ from orchestrator.queue.start_method import choose
 from orchestrator.queue.task import Task, number_job, rehearse
 from orchestrator.sweep.compose import Composer
 from orchestrator.sweep.directory import make_writable
+from orchestrator.sweep.errors import SweepError
 from orchestrator.sweep.points import Points
 from orchestrator.sweeps import Sweep, code_change
 
@@ -90,7 +91,7 @@ class GpuQueue:
 
         Raises:
             SweepError: the settings ask for what this machine has not, or the outputs
-                directory cannot be written.
+                directory cannot be written, or records are not on the disk.
             SystemExit: a signal ended the sweep.
         """
         slots, where = make_slots(self._settings)
@@ -155,6 +156,12 @@ class GpuQueue:
         if not stopped:
             counts = ", ".join(f"{n} {state.lower()}" for state, n in sorted(states.items()))
             progress.say(f"All runs ended ({counts or 'nothing was left to run'}). {results}")
+            if scheduler.unsaved:
+                msg = (
+                    f"The records of {scheduler.unsaved} runs are not on the disk (see above). "
+                    "Make room, then run the same command again."
+                )
+                raise SweepError(msg)
             return
         left = progress.total - progress.ended
         progress.say(

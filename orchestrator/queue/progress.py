@@ -97,6 +97,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line. A reader that is gone (``| head``, a closed terminal) ends no sweep."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         try:
             self._print(text)
         except (OSError, ValueError):

@@ -91,6 +91,8 @@ class Scheduler:
         self._server_deaths = 0
         self.returns: list[QueueJobReturn | None] = [None] * len(points)
         self.answered_by: list[RunRecord] = []
+        # Runs whose final record is not on the disk.
+        self.unsaved = 0
 
     @property
     def stopping(self) -> bool:
@@ -272,6 +274,7 @@ class Scheduler:
             self._context.progress.running.pop(job.plan.index, None)
             self._answer(job.plan, message.record)
             return
+        self.unsaved += not message.saved
         self._context.planner.remember(job.plan, message.record)
         self._result(job.plan).take(message.record, message.value)
         if message.warning:

@@ -75,6 +75,8 @@ class Ended:
     warning: str = ""
     # Whether an earlier attempt answered and nothing ran.
     skipped: bool = False
+    # Whether the record is on the disk.
+    saved: bool = True
 
 
 @dataclass(frozen=True)
