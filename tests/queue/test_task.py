@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 APP = """
 import json, os, sys, hydra
@@ -67,7 +71,7 @@ def run(tmp_path: Path, name: str, version: str, *overrides: str) -> dict[str, s
     done = subprocess.run(
         [sys.executable, "app.py", "-m", "hydra.sweep.dir=out", *overrides, *RUNS],
         cwd=home,
-        env={**__import__("os").environ, "WITNESS": str(home / "witness")},
+        env={**os.environ, "WITNESS": str(home / "witness")},
         capture_output=True,
         text=True,
         check=False,
@@ -104,10 +108,10 @@ def test_files_callbacks_and_configs_are_hydras(tmp_path, method, version, extra
     ours = run(tmp_path, "ours", version, *extra, *queue)
     if extra != ["hydra.output_subdir=null"]:
         assert len(theirs) == 8
-    for path, text in theirs.items():
-        mine = ours[path]
+    for path, wanted in theirs.items():
+        text, mine = wanted, ours[path]
         if path.endswith("hydra.yaml"):
-            text, mine = without_choice_of_plugins(text), without_choice_of_plugins(mine)
+            text, mine = map(without_choice_of_plugins, (text, mine))
         if path == "events" and extra == ["fail=true"]:
             # Hydra's basic sweep ends with its first failure; ours goes on.
             mine = mine[: len(text)]
