@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -60,9 +61,11 @@ def program_words() -> list[str]:
     words = list(sys.orig_argv)
     own = len(sys.argv) - 1
     words = words[: len(words) - own] if own else words
-    if words and words[0]:
-        words[0] = Path(words[0]).name
-    return words or ["python"]
+    # `python` where that is what a shell finds, else the interpreter by its whole path.
+    # (Not resolved: the python of a virtual environment is a link to another's.)
+    name = Path(sys.executable).name
+    found = shutil.which(name) == sys.executable
+    return [name if found else sys.executable, *words[1:]]
 
 
 def rerun_command(overrides: Sequence[str], hydra_overrides: Sequence[str]) -> str:

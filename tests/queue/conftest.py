@@ -81,7 +81,7 @@ class SweepRun:
         os.killpg(self.pid, number)
 
 
-class Workplace:
+class Sandbox:
     """A directory where an app is swept, again and again if need be."""
 
     def __init__(self, directory):
@@ -145,7 +145,7 @@ class Workplace:
     # --- processes ---
 
     def processes(self):
-        """Every living process that inherited this workplace's environment."""
+        """Every living process that inherited this sandbox's environment."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -171,19 +171,19 @@ class Workplace:
 
 
 @pytest.fixture
-def workplace(tmp_path):
-    place = Workplace(tmp_path / "work")
+def sandbox(tmp_path):
+    place = Sandbox(tmp_path / "work")
     yield place
     place.kill_all()
 
 
 @pytest.fixture(scope="module")
-def make_workplace():
-    """Makes workplaces for sweeps that many tests look at."""
+def make_sandbox():
+    """Makes sandboxes for sweeps that many tests look at."""
     places = []
 
     def make(directory):
-        places.append(Workplace(directory))
+        places.append(Sandbox(directory))
         return places[-1]
 
     yield make

@@ -99,9 +99,9 @@ NOT_FOR_THE_SWEEPER = ("returns_lambda", "returns_generator")
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def every_case(request, tmp_path_factory, make_workplace):
+def every_case(request, tmp_path_factory, make_sandbox):
     """One sweep over all cases, and what it printed."""
-    place = make_workplace(tmp_path_factory.mktemp(request.param) / "work")
+    place = make_sandbox(tmp_path_factory.mktemp(request.param) / "work")
     words = (f"case={','.join(CASES)}", f"hydra.launcher.start_method={request.param}")
     text = place.run(APP, *words, "hydra.launcher.timeout_s=60", expect=1)
     return place, text
@@ -217,48 +217,48 @@ def test_a_changed_directory_does_not_move_what_is_logged(every_case):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
-def test_a_message_that_the_terminal_cannot_show_hides_nothing(workplace, encoding):
+def test_a_message_that_the_terminal_cannot_show_hides_nothing(sandbox, encoding):
     words = ("case=raises_surrogate,raises_unicode,fine,exits_3_at_once",)
     env = {"PYTHONIOENCODING": encoding}
-    text = workplace.run(APP, *words, expect=1, env=env)
-    assert workplace.states() == {"COMPLETED": 1, "FAILED": 3}
+    text = sandbox.run(APP, *words, expect=1, env=env)
+    assert sandbox.states() == {"COMPLETED": 1, "FAILED": 3}
     for name in ("raises_surrogate", "raises_unicode", "exits_3_at_once"):
         assert f"FAILED case_{name}: " in text
     assert "Completed 4 out of 4" in text
     assert "All runs ended (1 completed, 3 failed)" in text
-    assert workplace.record("case_raises_unicode").error.message == "größer → 日本語"
-    log = RunDir(workplace.outputs / "case_raises_unicode").stderr.read_text(encoding="utf-8")
+    assert sandbox.record("case_raises_unicode").error.message == "größer → 日本語"
+    log = RunDir(sandbox.outputs / "case_raises_unicode").stderr.read_text(encoding="utf-8")
     assert "größer → 日本語" in log
 
 
-def test_huge_values_and_messages(workplace):
-    text = workplace.run(APP, "case=returns_huge_dict,raises_long,fine", expect=1)
-    value = workplace.record("case_returns_huge_dict").return_value
+def test_huge_values_and_messages(sandbox):
+    text = sandbox.run(APP, "case=returns_huge_dict,raises_long,fine", expect=1)
+    value = sandbox.record("case_returns_huge_dict").return_value
     assert len(value) == 100_000
     assert value["key 7"] == 1.0
-    record = workplace.record("case_raises_long")
+    record = sandbox.record("case_raises_long")
     assert record.error.type == "ValueError"
     assert record.error.message.startswith("long long")
     assert "long " * 100 not in text.split("Error executing job")[0]
-    assert workplace.states() == {"COMPLETED": 2, "FAILED": 1}
+    assert sandbox.states() == {"COMPLETED": 2, "FAILED": 1}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_thread_that_never_ends_meets_the_time_limit(workplace, method):
+def test_a_thread_that_never_ends_meets_the_time_limit(sandbox, method):
     words = ("case=thread_never_ends,fine", "hydra.launcher.timeout_s=2")
-    workplace.run(APP, *words, f"hydra.launcher.start_method={method}", expect=1)
-    record = workplace.record("case_thread_never_ends")
+    sandbox.run(APP, *words, f"hydra.launcher.start_method={method}", expect=1)
+    record = sandbox.record("case_thread_never_ends")
     assert record.state is RunState.TIMEOUT
     assert "time limit" in record.error.message
-    assert workplace.record("case_fine").state is RunState.COMPLETED
-    assert not workplace.processes()
+    assert sandbox.record("case_fine").state is RunState.COMPLETED
+    assert not sandbox.processes()
 
 
-def test_workers_of_a_pool_left_open_obey_the_first_sigterm(workplace):
+def test_workers_of_a_pool_left_open_obey_the_first_sigterm(sandbox):
     """However soon after their start: a job would wait for a deaf worker for ever."""
     words = ("case=pool_left_open", "number=range(40)", "hydra.launcher.timeout_s=30")
-    workplace.run(APP, *words)
-    assert workplace.states() == {"COMPLETED": 40}
+    sandbox.run(APP, *words)
+    assert sandbox.states() == {"COMPLETED": 40}
 
 
 # --- values and names ---
@@ -277,87 +277,87 @@ def quoted(text):
     return "'" + text.replace("\\\\", "\\").replace("'", "\\'") + "'"
 
 
-def test_any_text_as_a_value(workplace):
+def test_any_text_as_a_value(sandbox):
     words = ("case=tells_where", "text=" + ",".join(map(quoted, TEXTS)))
-    workplace.run(APP, *words)
-    records = workplace.records()
+    sandbox.run(APP, *words)
+    records = sandbox.records()
     assert len(records) == len(TEXTS)
     assert {record.hyperparams["text"] for record in records.values()} == set(TEXTS)
     assert len({name.lower() for name in records}) >= len(TEXTS) - 4  # four differ in case only
     for name, record in records.items():
         assert record.state is RunState.COMPLETED
         assert record.model_name == name
-        assert record.return_value["output_dir"] == str(workplace.outputs / name)
+        assert record.return_value["output_dir"] == str(sandbox.outputs / name)
         if record.hyperparams["text"] != "NaN":
             assert record.return_value["text"] == record.hyperparams["text"]
         assert len(name.encode()) <= 200
         assert name.isascii()
         assert not set(name) & set("/\\ '\"$*?:\t")
-    assert sorted(os.listdir(workplace.directory)) == [
+    assert sorted(os.listdir(sandbox.directory)) == [
         "log-1.txt",
         "outputs",
         "relative.txt",
         "state",
     ]
-    text = workplace.run(APP, *words)
+    text = sandbox.run(APP, *words)
     assert f"{len(TEXTS)} of {len(TEXTS)} done already" in text
-    assert sum(workplace.ledger().values()) == len(TEXTS)
+    assert sum(sandbox.ledger().values()) == len(TEXTS)
 
 
-def test_a_run_can_be_run_again_by_the_command_in_its_record(workplace):
-    workplace.run(APP, "case=tells_where", "text=" + quoted("it's $HOME * \U0001f600"))
-    (before,) = workplace.records().values()
+def test_a_run_can_be_run_again_by_the_command_in_its_record(sandbox):
+    sandbox.run(APP, "case=tells_where", "text=" + quoted("it's $HOME * \U0001f600"))
+    (before,) = sandbox.records().values()
     env = {
-        **workplace.env,
+        **sandbox.env,
         "PATH": f"{os.path.dirname(shutil.which('python'))}:{os.environ['PATH']}",
     }
-    subprocess.run(before.command, shell=True, check=True, env=env, cwd=workplace.directory)
-    (after,) = workplace.records().values()
+    subprocess.run(before.command, shell=True, check=True, env=env, cwd=sandbox.directory)
+    (after,) = sandbox.records().values()
     assert len(after.attempts) == 1
     assert after.return_value == before.return_value
     assert after.fingerprint == before.fingerprint
 
 
-def test_bytes_that_are_no_utf_8(workplace):
-    text = workplace.run(APP, b"text='a\xff'", "number=1,2")
+def test_bytes_that_are_no_utf_8(sandbox):
+    text = sandbox.run(APP, b"text='a\xff'", "number=1,2")
     assert "All runs ended (2 completed)" in text
-    assert workplace.states() == {"COMPLETED": 2}
+    assert sandbox.states() == {"COMPLETED": 2}
 
 
-def test_values_that_are_no_numbers_and_too_large_ones(workplace):
-    workplace.run(APP, "number=nan,inf,-inf,100000000000000000000,1e400", "seed=7")
-    values = [record.hyperparams["number"] for record in workplace.records().values()]
+def test_values_that_are_no_numbers_and_too_large_ones(sandbox):
+    sandbox.run(APP, "number=nan,inf,-inf,100000000000000000000,1e400", "seed=7")
+    values = [record.hyperparams["number"] for record in sandbox.records().values()]
     assert len(values) == 4  # 1e400 is inf
-    assert workplace.states() == {"COMPLETED": 4}
+    assert sandbox.states() == {"COMPLETED": 4}
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_the_same_point_twice_is_run_once(workplace, resume):
+def test_the_same_point_twice_is_run_once(sandbox, resume):
     words = (f"hydra.callbacks.results.resume={str(resume).lower()}", "number=1,1,2,1")
-    text = workplace.run(APP, "case=takes_a_second", *words)
-    assert workplace.ledger() == {f"takes_a_second {n} 0": 1 for n in (1, 2)}
-    assert workplace.states() == {"COMPLETED": 2}
+    text = sandbox.run(APP, "case=takes_a_second", *words)
+    assert sandbox.ledger() == {f"takes_a_second {n} 0": 1 for n in (1, 2)}
+    assert sandbox.states() == {"COMPLETED": 2}
     assert "another launcher" not in text
-    assert len(list(workplace.outputs.glob("*/attempts/*"))) == 0
+    assert len(list(sandbox.outputs.glob("*/attempts/*"))) == 0
 
 
-def test_the_same_failing_point_twice_is_tried_once(workplace):
-    workplace.run(APP, "case=exits_3_at_once", "number=1,1,2,1", expect=1)
-    assert workplace.states() == {"FAILED": 2}
-    assert all(not record.attempts for record in workplace.records().values())
+def test_the_same_failing_point_twice_is_tried_once(sandbox):
+    sandbox.run(APP, "case=exits_3_at_once", "number=1,1,2,1", expect=1)
+    assert sandbox.states() == {"FAILED": 2}
+    assert all(not record.attempts for record in sandbox.records().values())
 
 
-def test_no_point_at_all(workplace):
-    text = workplace.run(APP, "number=range(0)")
+def test_no_point_at_all(sandbox):
+    text = sandbox.run(APP, "number=range(0)")
     assert "nothing was left to run" in text
-    assert not workplace.processes()
+    assert not sandbox.processes()
 
 
 # --- Hydra's own settings ---
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_hydra_job_settings(workplace, method):
+def test_hydra_job_settings(sandbox, method):
     words = (
         "case=tells_where,fine",
         "hydra.job.chdir=true",
@@ -365,84 +365,84 @@ def test_hydra_job_settings(workplace, method):
         "+hydra.job.env_set.SET_BY_HYDRA=yes",
         f"hydra.launcher.start_method={method}",
     )
-    workplace.run(APP, *words)
-    run = workplace.outputs / "case_tells_where"
-    value = workplace.record("case_tells_where").return_value
+    sandbox.run(APP, *words)
+    run = sandbox.outputs / "case_tells_where"
+    value = sandbox.record("case_tells_where").return_value
     assert value["cwd"] == value["output_dir"] == str(run)
     assert value["variable"] == "yes"
     assert value["num"] == 0
     assert (run / "relative.txt").exists()
     assert not (run / ".hydra").exists()
-    assert workplace.states() == {"COMPLETED": 2}
+    assert sandbox.states() == {"COMPLETED": 2}
 
 
-def test_without_chdir_the_job_stays(workplace):
-    workplace.run(APP, "case=tells_where")
-    value = workplace.record("case_tells_where").return_value
-    assert value["cwd"] == str(workplace.directory)
+def test_without_chdir_the_job_stays(sandbox):
+    sandbox.run(APP, "case=tells_where")
+    value = sandbox.record("case_tells_where").return_value
+    assert value["cwd"] == str(sandbox.directory)
     assert value["variable"] is None
-    assert (workplace.outputs / "case_tells_where" / ".hydra" / "config.yaml").exists()
+    assert (sandbox.outputs / "case_tells_where" / ".hydra" / "config.yaml").exists()
 
 
 # --- what is there already ---
 
 
 @pytest.mark.parametrize("content", ['{"schema_version":1,"mod', "", '{"tool":"another"}', "[]"])
-def test_a_foreign_run_json_is_never_overwritten(workplace, content):
-    theirs = workplace.outputs / "case_fine" / "run.json"
+def test_a_foreign_run_json_is_never_overwritten(sandbox, content):
+    theirs = sandbox.outputs / "case_fine" / "run.json"
     theirs.parent.mkdir(parents=True)
     theirs.write_text(content)
-    workplace.run(APP, "case=fine,system_exit_0")
+    sandbox.run(APP, "case=fine,system_exit_0")
     assert theirs.read_text() == content
-    (mine,) = workplace.outputs.glob("case_fine-*")
+    (mine,) = sandbox.outputs.glob("case_fine-*")
     assert RunDir(mine).read().state is RunState.COMPLETED
-    assert "2 of 2 done already" in workplace.run(APP, "case=fine,system_exit_0")
+    assert "2 of 2 done already" in sandbox.run(APP, "case=fine,system_exit_0")
 
 
-def test_a_foreign_run_json_under_the_longer_name_too(workplace):
-    workplace.run(APP, "case=fine")
-    longer = f"case_fine-{workplace.record('case_fine').fingerprint[:8]}"
-    shutil.rmtree(workplace.outputs)
+def test_a_foreign_run_json_under_the_longer_name_too(sandbox):
+    sandbox.run(APP, "case=fine")
+    longer = f"case_fine-{sandbox.record('case_fine').fingerprint[:8]}"
+    shutil.rmtree(sandbox.outputs)
     for name in ("case_fine", longer):
-        (workplace.outputs / name).mkdir(parents=True)
-        (workplace.outputs / name / "run.json").write_text("{}")
-    workplace.run(APP, "case=fine")
-    (mine,) = set(workplace.outputs.glob("case_fine*")) - {
-        workplace.outputs / "case_fine",
-        workplace.outputs / longer,
+        (sandbox.outputs / name).mkdir(parents=True)
+        (sandbox.outputs / name / "run.json").write_text("{}")
+    sandbox.run(APP, "case=fine")
+    (mine,) = set(sandbox.outputs.glob("case_fine*")) - {
+        sandbox.outputs / "case_fine",
+        sandbox.outputs / longer,
     }
     assert RunDir(mine).read().state is RunState.COMPLETED
 
 
 @pytest.mark.parametrize("content", ['{"schema_version":1,"mod', ""])
-def test_a_truncated_record_of_our_own_is_run_again(workplace, content):
-    workplace.run(APP, "case=fine,system_exit_0")
-    mine = RunDir(workplace.outputs / "case_fine")
+def test_a_truncated_record_of_our_own_is_run_again(sandbox, content):
+    sandbox.run(APP, "case=fine,system_exit_0")
+    mine = RunDir(sandbox.outputs / "case_fine")
     mine.record.write_text(content)
-    text = workplace.run(APP, "case=fine,system_exit_0")
+    text = sandbox.run(APP, "case=fine,system_exit_0")
     assert "1 of 2 done already" in text
     assert mine.read().state is RunState.COMPLETED
     assert (mine.attempts / "1" / "run.json").read_text() == content
 
 
-def test_a_file_where_a_run_wants_its_directory(workplace):
-    workplace.outputs.mkdir()
-    (workplace.outputs / "case_fine").write_text("mine")
-    text = workplace.run(APP, "case=fine,system_exit_0", expect=1)
+def test_a_file_where_a_run_wants_its_directory(sandbox):
+    sandbox.outputs.mkdir()
+    (sandbox.outputs / "case_fine").write_text("mine")
+    text = sandbox.run(APP, "case=fine,system_exit_0", expect=1)
     assert "case=fine" in text
     assert "Completed 2 out of 2" in text
-    assert (workplace.outputs / "case_fine").read_text() == "mine"
-    assert workplace.record("case_system_exit_0").state is RunState.COMPLETED
+    assert (sandbox.outputs / "case_fine").read_text() == "mine"
+    assert sandbox.record("case_system_exit_0").state is RunState.COMPLETED
 
 
-def test_another_config_under_the_same_name_gets_another_directory(workplace):
-    workplace.run(APP, "case=fine")
-    before = (workplace.outputs / "case_fine" / "run.json").read_bytes()
+def test_another_config_under_the_same_name_gets_another_directory(sandbox):
+    sandbox.run(APP, "case=fine")
+    before = (sandbox.outputs / "case_fine" / "run.json").read_bytes()
     for _ in range(2):
-        workplace.run(APP, "case=fine", env={"SWEEP_BASE": "1"})
-    assert (workplace.outputs / "case_fine" / "run.json").read_bytes() == before
-    assert len(workplace.records()) == 2
-    assert workplace.ledger() == {"fine 0 0": 2}
+        sandbox.run(APP, "case=fine", env={"SWEEP_BASE": "1"})
+    assert (sandbox.outputs / "case_fine" / "run.json").read_bytes() == before
+    assert len(sandbox.records()) == 2
+    assert sandbox.ledger() == {"fine 0 0": 2}
 
 
 # --- disks ---
@@ -462,60 +462,60 @@ def small_disk(path, size, *, read_only=False):
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-def test_a_disk_that_a_task_fills(workplace):
-    with small_disk(workplace.outputs, "4m"):
-        text = workplace.run(APP, "case=fine,writes_much,system_exit_0", expect=1)
-        assert workplace.record("case_fine").state is RunState.COMPLETED
+def test_a_disk_that_a_task_fills(sandbox):
+    with small_disk(sandbox.outputs, "4m"):
+        text = sandbox.run(APP, "case=fine,writes_much,system_exit_0", expect=1)
+        assert sandbox.record("case_fine").state is RunState.COMPLETED
         assert "No space left on device" in text
-        assert not workplace.processes()
-        (workplace.outputs / "case_writes_much" / "big").unlink(missing_ok=True)
-        text = workplace.run(APP, "case=fine,system_exit_0")
-        assert workplace.states()["COMPLETED"] >= 2
-        assert workplace.ledger()["fine 0 0"] == 1
+        assert not sandbox.processes()
+        (sandbox.outputs / "case_writes_much" / "big").unlink(missing_ok=True)
+        text = sandbox.run(APP, "case=fine,system_exit_0")
+        assert sandbox.states()["COMPLETED"] >= 2
+        assert sandbox.ledger()["fine 0 0"] == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_disk_that_is_full_while_runs_run(workplace, method):
+def test_a_disk_that_is_full_while_runs_run(sandbox, method):
     words = ("x=range(6)", f"hydra.launcher.start_method={method}")
-    with small_disk(workplace.outputs, "1m"):
-        sweep = hold_and_fill(workplace, *words)
+    with small_disk(sandbox.outputs, "1m"):
+        sweep = hold_and_fill(sandbox, *words)
         assert sweep.wait() == 1
         text = sweep.text
-        assert not workplace.processes()
+        assert not sandbox.processes()
         for name in ("x_0", "x_1"):
-            assert workplace.record(name).state is RunState.COMPLETED
+            assert sandbox.record(name).state is RunState.COMPLETED
         for name in ("x_2", "x_3"):
             assert f"{name}/run.json could not be written" in text
-            assert workplace.record(name).state is RunState.RUNNING
+            assert sandbox.record(name).state is RunState.RUNNING
         assert "status 1 before its task returned" not in text  # the reason is known
         assert "Results" in text.splitlines()[-1] or "No space left on device" in text
-        (workplace.outputs / "fill").unlink()
-        workplace.run("ledger_app.py", *words)
-        assert workplace.states() == {"COMPLETED": 6}
-        assert workplace.ledger()["0 0"] == workplace.ledger()["1 0"] == 1
+        (sandbox.outputs / "fill").unlink()
+        sandbox.run("ledger_app.py", *words)
+        assert sandbox.states() == {"COMPLETED": 6}
+        assert sandbox.ledger()["0 0"] == sandbox.ledger()["1 0"] == 1
 
 
-def test_a_full_disk_is_said_without_a_traceback(workplace):
-    with small_disk(workplace.outputs, "1m"):
-        sweep = hold_and_fill(workplace, "x=range(4)")
+def test_a_full_disk_is_said_without_a_traceback(sandbox):
+    with small_disk(sandbox.outputs, "1m"):
+        sweep = hold_and_fill(sandbox, "x=range(4)")
         assert sweep.wait() == 1
         assert "Completed 4 out of 4" in sweep.text
         assert "in write_atomic" not in sweep.text
 
 
-def hold_and_fill(workplace, *words):
+def hold_and_fill(sandbox, *words):
     """Start a sweep; when two runs have finished and two are running, fill the disk."""
-    workplace.env["SWEEP_HOLD_FROM"] = "2"
-    sweep = workplace.start("ledger_app.py", *words)
-    while len(workplace.held()) < 2 or "Completed 2 out of" not in sweep.text:
+    sandbox.env["SWEEP_HOLD_FROM"] = "2"
+    sweep = sandbox.start("ledger_app.py", *words)
+    while len(sandbox.held()) < 2 or "Completed 2 out of" not in sweep.text:
         assert sweep.process.poll() is None, sweep.text
         time.sleep(0.02)
     quiet = 0
     # Until nothing that was written meanwhile has given room back.
     while quiet < 3:
-        quiet = 0 if fill(workplace.outputs / "fill") else quiet + 1
+        quiet = 0 if fill(sandbox.outputs / "fill") else quiet + 1
         time.sleep(0.1)
-    workplace.open_gate()
+    sandbox.open_gate()
     return sweep
 
 
@@ -534,45 +534,45 @@ def fill(path):
 
 @pytest.mark.parametrize("kind", ["file", "below a file", "read-only"])
 @pytest.mark.parametrize("sweeper", ["basic", "grid"])
-def test_outputs_that_cannot_be_written(workplace, kind, sweeper):
-    obstacle = workplace.directory / "obstacle"
+def test_outputs_that_cannot_be_written(sandbox, kind, sweeper):
+    obstacle = sandbox.directory / "obstacle"
     target = obstacle / "outputs" if kind == "below a file" else obstacle
     words = (f"hydra/sweeper={sweeper}", f"hydra.sweep.dir={target}", "case=fine,system_exit_0")
     if kind == "read-only":
         with small_disk(obstacle, "1m", read_only=True):
-            text = workplace.run(APP, *words, expect=1)
+            text = sandbox.run(APP, *words, expect=1)
     else:
         obstacle.write_text("mine")
-        text = workplace.run(APP, *words, expect=1)
+        text = sandbox.run(APP, *words, expect=1)
         assert obstacle.read_text() == "mine"
     assert str(obstacle) in text
     if sweeper == "grid":  # Hydra's own sweeper makes the directory before anybody is asked
         assert f"The outputs directory {target} cannot be written" in text
         assert "Traceback" not in text
-    assert not workplace.ledger()
-    assert not workplace.processes()
+    assert not sandbox.ledger()
+    assert not sandbox.processes()
 
 
-def test_outputs_that_vanish_while_runs_run(workplace):
-    workplace.env["SWEEP_HOLD_FROM"] = "2"
-    sweep = workplace.start("ledger_app.py", "x=range(6)")
-    while len(workplace.held()) < 2 or "Completed 2 out of" not in sweep.text:
+def test_outputs_that_vanish_while_runs_run(sandbox):
+    sandbox.env["SWEEP_HOLD_FROM"] = "2"
+    sweep = sandbox.start("ledger_app.py", "x=range(6)")
+    while len(sandbox.held()) < 2 or "Completed 2 out of" not in sweep.text:
         assert sweep.process.poll() is None, sweep.text
         time.sleep(0.02)
-    shutil.rmtree(workplace.outputs)
-    workplace.open_gate()
+    shutil.rmtree(sandbox.outputs)
+    sandbox.open_gate()
     assert sweep.wait() in (0, 1)
     assert "Completed 6 out of 6" in sweep.text
-    assert not workplace.processes()
+    assert not sandbox.processes()
     for name in ("x_2", "x_3", "x_5"):
-        assert workplace.record(name).state.is_final
+        assert sandbox.record(name).state.is_final
     # The directory of the next run was made before: it cannot be started, and that is said.
-    assert "FAILED x_4: FileNotFoundError" in sweep.text or workplace.record("x_4").state.is_final
+    assert "FAILED x_4: FileNotFoundError" in sweep.text or sandbox.record("x_4").state.is_final
 
 
-def test_a_limit_on_open_files(workplace):
+def test_a_limit_on_open_files(sandbox):
     """Descriptors do not pile up with the number of runs."""
-    sweep = workplace.start(APP, "case=fine", "number=range(60)", "hydra.launcher.max_processes=4")
+    sweep = sandbox.start(APP, "case=fine", "number=range(60)", "hydra.launcher.max_processes=4")
     most = 0
     while sweep.process.poll() is None:
         try:

@@ -29,34 +29,34 @@ LONG_GRACE_S = 25
 AT_ONCE_S = 15
 
 
-def begin(workplace, *words, method="fork", child="detached", held=2, **how):
+def begin(sandbox, *words, method="fork", child="detached", held=2, **how):
     """Start a sweep; come back when two runs have finished and two are running."""
-    workplace.env.update(SWEEP_HOLD_FROM=str(HOLD), SWEEP_CHILD=child)
-    sweep = workplace.start(APP, POINTS, f"hydra.launcher.start_method={method}", *words, **how)
-    wait_for_held(workplace, sweep, held)
+    sandbox.env.update(SWEEP_HOLD_FROM=str(HOLD), SWEEP_CHILD=child)
+    sweep = sandbox.start(APP, POINTS, f"hydra.launcher.start_method={method}", *words, **how)
+    wait_for_held(sandbox, sweep, held)
     return sweep
 
 
-def wait_for_held(workplace, sweep, held):
+def wait_for_held(sandbox, sweep, held):
     deadline = time.monotonic() + 60
-    while len(workplace.held()) < held or len(workplace.states()) < 2:
+    while len(sandbox.held()) < held or len(sandbox.states()) < 2:
         assert sweep.process.poll() is None, sweep.text
         assert time.monotonic() < deadline, sweep.text
         time.sleep(0.02)
 
 
-def processes_of(workplace, name):
+def processes_of(sandbox, name):
     """Job, keeper and server of a run."""
-    job = psutil.Process(workplace.record(name).pid)
+    job = psutil.Process(sandbox.record(name).pid)
     keeper = job.parent()
     return job, keeper, keeper.parent()
 
 
-def check_finished(workplace, names=("x_0", "x_1")):
+def check_finished(sandbox, names=("x_0", "x_1")):
     """Everything that a finished run said is there and right."""
     for name in names:
         x = int(name[2:])
-        run = RunDir(workplace.outputs / name)
+        run = RunDir(sandbox.outputs / name)
         record = run.read()
         assert record.state is RunState.COMPLETED
         assert record.success
@@ -71,9 +71,9 @@ def check_finished(workplace, names=("x_0", "x_1")):
         assert run.metrics.read_text().count("\n") == 1
 
 
-def check_ended(workplace, states, error_type=None):
+def check_ended(sandbox, states, error_type=None):
     """The runs that were going on are in these states, and nothing else was begun."""
-    records = workplace.records()
+    records = sandbox.records()
     assert {name: records[name].state.value for name in states} == states
     assert sorted(records) == sorted({"x_0", "x_1", *states})
     for name in states:
@@ -86,21 +86,21 @@ def check_ended(workplace, states, error_type=None):
             assert record.error.message
 
 
-def complete(workplace, method="fork", *, done, earlier):
+def complete(sandbox, method="fork", *, done, earlier):
     """The same command again does what is missing, and only that."""
-    workplace.open_gate()
+    sandbox.open_gate()
     words = (POINTS, f"hydra.launcher.start_method={method}")
-    text = workplace.run(APP, *words)
+    text = sandbox.run(APP, *words)
     assert f"{done} of {RUNS} done already" in text
-    assert workplace.states() == {"COMPLETED": RUNS}
-    check_finished(workplace, [f"x_{x}" for x in range(RUNS)])
-    assert workplace.ledger() == {f"{x} 0": 1 for x in range(RUNS)}
-    for name, record in workplace.records().items():
+    assert sandbox.states() == {"COMPLETED": RUNS}
+    check_finished(sandbox, [f"x_{x}" for x in range(RUNS)])
+    assert sandbox.ledger() == {f"{x} 0": 1 for x in range(RUNS)}
+    for name, record in sandbox.records().items():
         assert [a.state.value for a in record.attempts] == earlier.get(name, []), name
-    assert not workplace.processes()
-    text = workplace.run(APP, *words)
+    assert not sandbox.processes()
+    text = sandbox.run(APP, *words)
     assert f"{RUNS} of {RUNS} done already" in text
-    assert workplace.ledger() == {f"{x} 0": 1 for x in range(RUNS)}
+    assert sandbox.ledger() == {f"{x} 0": 1 for x in range(RUNS)}
 
 
 def tried(state):
@@ -118,21 +118,21 @@ STOPS = [
 
 
 @pytest.mark.parametrize(("method", "number", "group"), STOPS)
-def test_a_stop_signal_ends_the_sweep_in_order(workplace, method, number, group):
-    sweep = begin(workplace, method=method)
+def test_a_stop_signal_ends_the_sweep_in_order(sandbox, method, number, group):
+    sweep = begin(sandbox, method=method)
     (sweep.signal_group if group else sweep.signal)(number)
     assert sweep.wait() == 128 + number
-    assert not workplace.processes()
-    check_finished(workplace)
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
-    assert len(workplace.partial_results()) == 1
+    assert not sandbox.processes()
+    check_finished(sandbox)
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
+    assert len(sandbox.partial_results()) == 1
     assert "2 running jobs were ended, 2 were not started" in sweep.text
     assert "Traceback" not in sweep.text
-    complete(workplace, method, done=2, earlier=tried("CANCELLED"))
+    complete(sandbox, method, done=2, earlier=tried("CANCELLED"))
 
 
-def test_a_second_interrupt_does_not_wait_for_the_grace(workplace):
-    sweep = begin(workplace, f"hydra.launcher.kill_grace_s={LONG_GRACE_S}", child="deaf")
+def test_a_second_interrupt_does_not_wait_for_the_grace(sandbox):
+    sweep = begin(sandbox, f"hydra.launcher.kill_grace_s={LONG_GRACE_S}", child="deaf")
     began = time.monotonic()
     sweep.signal(signal.SIGINT)
     time.sleep(0.5)
@@ -140,16 +140,16 @@ def test_a_second_interrupt_does_not_wait_for_the_grace(workplace):
     sweep.signal(signal.SIGINT)
     assert sweep.wait() == 130
     assert time.monotonic() - began < AT_ONCE_S
-    assert not workplace.processes()
-    check_finished(workplace)
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
+    assert not sandbox.processes()
+    check_finished(sandbox)
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
 
 
-def test_a_second_interrupt_does_not_wait_for_what_a_finished_job_left_over(workplace):
+def test_a_second_interrupt_does_not_wait_for_what_a_finished_job_left_over(sandbox):
     words = ("case=leaves_deaf", f"hydra.launcher.kill_grace_s={LONG_GRACE_S}")
-    sweep = workplace.start("hostile_app.py", *words)
+    sweep = sandbox.start("hostile_app.py", *words)
     deadline = time.monotonic() + 60
-    while not workplace.ledger():
+    while not sandbox.ledger():
         assert time.monotonic() < deadline
         time.sleep(0.02)
     began = time.monotonic()
@@ -158,121 +158,122 @@ def test_a_second_interrupt_does_not_wait_for_what_a_finished_job_left_over(work
         sweep.signal(signal.SIGINT)
     assert sweep.wait() == 130
     assert time.monotonic() - began < AT_ONCE_S
-    assert not workplace.processes()
-    assert workplace.record("case_leaves_deaf").state is RunState.COMPLETED
+    assert not sandbox.processes()
+    assert sandbox.record("case_leaves_deaf").state is RunState.COMPLETED
 
 
-def test_a_stop_does_not_wait_for_children_that_obey(workplace):
-    sweep = begin(workplace, f"hydra.launcher.kill_grace_s={LONG_GRACE_S}", child="obedient")
+def test_a_stop_does_not_wait_for_children_that_obey(sandbox):
+    sweep = begin(sandbox, f"hydra.launcher.kill_grace_s={LONG_GRACE_S}", child="obedient")
     began = time.monotonic()
     sweep.signal(signal.SIGINT)
     assert sweep.wait() == 130
     assert time.monotonic() - began < AT_ONCE_S
-    assert not workplace.processes()
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
+    assert not sandbox.processes()
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_job_deaf_to_sigterm_is_killed_after_the_grace(workplace, method):
-    sweep = begin(workplace, method=method, child="deaf")
+def test_a_job_deaf_to_sigterm_is_killed_after_the_grace(sandbox, method):
+    sweep = begin(sandbox, method=method, child="deaf")
     sweep.signal(signal.SIGINT)
     assert sweep.wait() == 130
-    assert not workplace.processes()
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
-    assert workplace.record("x_2").returncode == -signal.SIGKILL
+    assert not sandbox.processes()
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
+    assert sandbox.record("x_2").returncode == -signal.SIGKILL
 
 
-def test_a_stopped_job_is_ended_too(workplace):
-    sweep = begin(workplace, child="none")
-    processes_of(workplace, "x_2")[0].send_signal(signal.SIGSTOP)
+def test_a_stopped_job_is_ended_too(sandbox):
+    sweep = begin(sandbox, child="none")
+    processes_of(sandbox, "x_2")[0].send_signal(signal.SIGSTOP)
     sweep.signal(signal.SIGTERM)
     assert sweep.wait() == 143
-    assert not workplace.processes()
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
+    assert not sandbox.processes()
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_launcher_takes_everything_with_it(workplace, method):
-    sweep = begin(workplace, method=method)
+def test_a_killed_launcher_takes_everything_with_it(sandbox, method):
+    sweep = begin(sandbox, method=method)
     sweep.signal(signal.SIGKILL)
     assert sweep.wait() == 137
-    workplace.nobody_left()
-    check_finished(workplace)
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "LAUNCHER_DIED")
-    complete(workplace, method, done=2, earlier=tried("CANCELLED"))
+    sandbox.nobody_left()
+    check_finished(sandbox)
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "LAUNCHER_DIED")
+    complete(sandbox, method, done=2, earlier=tried("CANCELLED"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_job_server_is_replaced(workplace, method):
-    sweep = begin(workplace, method=method)
-    processes_of(workplace, "x_2")[2].kill()
-    wait_for_held(workplace, sweep, 4)  # the last two, under the new server
-    check_finished(workplace)
-    records = workplace.records()
+def test_a_killed_job_server_is_replaced(sandbox, method):
+    sweep = begin(sandbox, method=method)
+    processes_of(sandbox, "x_2")[2].kill()
+    wait_for_held(sandbox, sweep, 4)  # the last two, under the new server
+    check_finished(sandbox)
+    records = sandbox.records()
     for name in HELD:
         assert records[name].state is RunState.LOST
         assert records[name].error.type == "SERVER_DIED"
-    workplace.open_gate()
+    sandbox.open_gate()
     assert sweep.wait() == 1
     assert "The job server died; starting another" in sweep.text
-    assert not workplace.processes()
-    check_finished(workplace, ["x_0", "x_1", "x_4", "x_5"])
-    complete(workplace, method, done=4, earlier=tried("LOST"))
+    assert not sandbox.processes()
+    check_finished(sandbox, ["x_0", "x_1", "x_4", "x_5"])
+    complete(sandbox, method, done=4, earlier=tried("LOST"))
 
 
-def test_launcher_and_job_server_killed_together(workplace):
-    sweep = begin(workplace)
-    server = processes_of(workplace, "x_2")[2]
+def test_launcher_and_job_server_killed_together(sandbox):
+    sweep = begin(sandbox)
+    server = processes_of(sandbox, "x_2")[2]
     sweep.signal(signal.SIGSTOP)
     server.kill()
     sweep.signal(signal.SIGKILL)
     assert sweep.wait() == 137
-    workplace.nobody_left()
-    check_finished(workplace)
-    records = workplace.records()
+    sandbox.nobody_left()
+    check_finished(sandbox)
+    records = sandbox.records()
     assert {records[name].state.value for name in HELD} <= {"CANCELLED", "LOST"}
     earlier = {name: [records[name].state.value] for name in HELD}
-    complete(workplace, done=2, earlier=earlier)
+    complete(sandbox, done=2, earlier=earlier)
 
 
-def test_where_nobody_was_left_to_write_the_run_reads_lost(workplace):
-    sweep = begin(workplace, child="none")
-    keepers = [processes_of(workplace, name)[1] for name in HELD]
+def test_where_nobody_was_left_to_write_the_run_reads_lost(sandbox):
+    sweep = begin(sandbox, child="none")
+    keepers = [processes_of(sandbox, name)[1] for name in HELD]
     server = keepers[0].parent()
     for process in keepers:
         process.suspend()
     for process in (psutil.Process(sweep.pid), server, *keepers):
         process.kill()
     sweep.wait()
-    workplace.nobody_left()
-    check_finished(workplace)
+    sandbox.nobody_left()
+    check_finished(sandbox)
     for name in HELD:
-        record = workplace.record(name)
+        record = sandbox.record(name)
         assert record.state is RunState.RUNNING
-        assert observed_state(record) is RunState.LOST
-    complete(workplace, done=2, earlier=tried("LOST"))
+        # The kernel may still be taking the process down.
+        sandbox.until(lambda r=record: observed_state(r) is RunState.LOST, f"the end of {name}")
+    complete(sandbox, done=2, earlier=tried("LOST"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_keeper_costs_its_own_run_only(workplace, method):
-    sweep = begin(workplace, method=method)
-    processes_of(workplace, "x_2")[1].kill()
-    wait_for_held(workplace, sweep, 3)  # its slot is used again
-    record = workplace.record("x_2")
+def test_a_killed_keeper_costs_its_own_run_only(sandbox, method):
+    sweep = begin(sandbox, method=method)
+    processes_of(sandbox, "x_2")[1].kill()
+    wait_for_held(sandbox, sweep, 3)  # its slot is used again
+    record = sandbox.record("x_2")
     assert record.state is RunState.LOST
     assert record.error.type == "KeeperDied"
-    workplace.open_gate()
+    sandbox.open_gate()
     assert sweep.wait() == 1
-    assert not workplace.processes()
-    check_finished(workplace, ["x_0", "x_1", "x_3", "x_4", "x_5"])
-    complete(workplace, method, done=5, earlier={"x_2": ["LOST"]})
+    assert not sandbox.processes()
+    check_finished(sandbox, ["x_0", "x_1", "x_3", "x_4", "x_5"])
+    complete(sandbox, method, done=5, earlier={"x_2": ["LOST"]})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_keeper_killed_between_two_jobs_costs_no_run(workplace, method):
+def test_a_keeper_killed_between_two_jobs_costs_no_run(sandbox, method):
     """It dies just when the server has a job for it."""
-    sweep = begin(workplace, method=method, child="none")
-    job, keeper, server = processes_of(workplace, "x_2")
+    sweep = begin(sandbox, method=method, child="none")
+    job, keeper, server = processes_of(sandbox, "x_2")
     server.suspend()
     job.kill()
     deadline = time.monotonic() + 60
@@ -282,43 +283,43 @@ def test_a_keeper_killed_between_two_jobs_costs_no_run(workplace, method):
     keeper.kill()
     time.sleep(0.1)
     server.resume()
-    wait_for_held(workplace, sweep, 3)
-    workplace.open_gate()
+    wait_for_held(sandbox, sweep, 3)
+    sandbox.open_gate()
     assert sweep.wait() == 1
-    assert not workplace.processes()
-    assert workplace.states() == {"COMPLETED": 5, "FAILED": 1}
-    complete(workplace, method, done=5, earlier={"x_2": ["FAILED"]})
+    assert not sandbox.processes()
+    assert sandbox.states() == {"COMPLETED": 5, "FAILED": 1}
+    complete(sandbox, method, done=5, earlier={"x_2": ["FAILED"]})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_has_no_job_may_be_killed(workplace, method):
-    workplace.env["SWEEP_HOLD_FROM"] = "1"
-    sweep = workplace.start(APP, "x=0,1", f"hydra.launcher.start_method={method}")
+def test_what_has_no_job_may_be_killed(sandbox, method):
+    sandbox.env["SWEEP_HOLD_FROM"] = "1"
+    sweep = sandbox.start(APP, "x=0,1", f"hydra.launcher.start_method={method}")
     deadline = time.monotonic() + 60
-    while not workplace.held() or "Completed 1 out of 2" not in sweep.text:
+    while not sandbox.held() or "Completed 1 out of 2" not in sweep.text:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    _, keeper, server = processes_of(workplace, "x_1")
+    _, keeper, server = processes_of(sandbox, "x_1")
     for other in server.children():
         if other != keeper:
             other.kill()
     time.sleep(0.1)
-    workplace.open_gate()
+    sandbox.open_gate()
     assert sweep.wait() == 0
-    assert not workplace.processes()
-    check_finished(workplace)
+    assert not sandbox.processes()
+    check_finished(sandbox)
 
 
-def test_a_keeper_killed_after_its_record_was_written_loses_nothing(workplace):
-    sweep = workplace.start("hostile_app.py", "case=returns_50_mb")
+def test_a_keeper_killed_after_its_record_was_written_loses_nothing(sandbox):
+    sweep = sandbox.start("hostile_app.py", "case=returns_50_mb")
     deadline = time.monotonic() + 60
-    while not workplace.ledger():
+    while not sandbox.ledger():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     # The launcher listens no more, and the answer is too long for the socket's buffer.
     sweep.signal(signal.SIGSTOP)
     name = "case_returns_50_mb"
-    while workplace.record(name).state is RunState.RUNNING:
+    while sandbox.record(name).state is RunState.RUNNING:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (server,) = psutil.Process(sweep.pid).children()
@@ -326,89 +327,89 @@ def test_a_keeper_killed_after_its_record_was_written_loses_nothing(workplace):
         keeper.kill()
     sweep.signal(signal.SIGCONT)
     assert sweep.wait() == 0
-    assert workplace.record(name).state is RunState.COMPLETED
-    assert len(workplace.record(name).return_value) == 50_000_000
+    assert sandbox.record(name).state is RunState.COMPLETED
+    assert len(sandbox.record(name).return_value) == 50_000_000
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_job_costs_its_own_run_only(workplace, method):
-    sweep = begin(workplace, method=method)
-    processes_of(workplace, "x_2")[0].kill()
-    wait_for_held(workplace, sweep, 3)
-    record = workplace.record("x_2")
+def test_a_killed_job_costs_its_own_run_only(sandbox, method):
+    sweep = begin(sandbox, method=method)
+    processes_of(sandbox, "x_2")[0].kill()
+    wait_for_held(sandbox, sweep, 3)
+    record = sandbox.record("x_2")
     assert record.state is RunState.FAILED
     assert record.returncode == -signal.SIGKILL
     assert record.error.type == "ProcessDied"
     assert "killed by SIGKILL" in record.error.message
-    workplace.open_gate()
+    sandbox.open_gate()
     assert sweep.wait() == 1
     assert "FAILED x_2: ProcessDied: the process was killed by SIGKILL" in sweep.text
-    assert not workplace.processes()
-    check_finished(workplace, ["x_0", "x_1", "x_3", "x_4", "x_5"])
-    complete(workplace, method, done=5, earlier={"x_2": ["FAILED"]})
+    assert not sandbox.processes()
+    check_finished(sandbox, ["x_0", "x_1", "x_3", "x_4", "x_5"])
+    complete(sandbox, method, done=5, earlier={"x_2": ["FAILED"]})
 
 
 @pytest.mark.parametrize("child", ["detached", "deaf"])
-def test_a_time_limit_ends_a_run_and_the_others_go_on(workplace, child):
-    workplace.env.update(SWEEP_HOLD_FROM="5", SWEEP_CHILD=child)
-    text = workplace.run(APP, POINTS, "hydra.launcher.timeout_s=1", expect=1)
-    assert not workplace.processes()
+def test_a_time_limit_ends_a_run_and_the_others_go_on(sandbox, child):
+    sandbox.env.update(SWEEP_HOLD_FROM="5", SWEEP_CHILD=child)
+    text = sandbox.run(APP, POINTS, "hydra.launcher.timeout_s=1", expect=1)
+    assert not sandbox.processes()
     assert "TIMEOUT x_5: TIMEOUT: the run was ended because it reached its time limit" in text
-    record = workplace.record("x_5")
+    record = sandbox.record("x_5")
     assert record.state is RunState.TIMEOUT
     assert record.error.type == "TIMEOUT"
     assert record.duration_seconds >= 1
-    check_finished(workplace, [f"x_{x}" for x in range(5)])
-    complete(workplace, done=5, earlier={"x_5": ["TIMEOUT"]})
+    check_finished(sandbox, [f"x_{x}" for x in range(5)])
+    complete(sandbox, done=5, earlier={"x_5": ["TIMEOUT"]})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_left_after_a_normal_end(workplace, method):
+def test_nothing_is_left_after_a_normal_end(sandbox, method):
     cases = "leaves_a_sleeper,leaves_deaf,process_not_joined,pool_left_open,fine"
-    workplace.run("hostile_app.py", f"case={cases}", f"hydra.launcher.start_method={method}")
-    assert not workplace.processes()
-    assert workplace.states() == {"COMPLETED": 5}
-    assert (workplace.outputs / "case_process_not_joined" / "child").exists()
+    sandbox.run("hostile_app.py", f"case={cases}", f"hydra.launcher.start_method={method}")
+    assert not sandbox.processes()
+    assert sandbox.states() == {"COMPLETED": 5}
+    assert (sandbox.outputs / "case_process_not_joined" / "child").exists()
 
 
-def test_an_ignored_hangup_stays_ignored(workplace):
+def test_an_ignored_hangup_stays_ignored(sandbox):
     def nohup():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    sweep = begin(workplace, child="none", preexec_fn=nohup)
+    sweep = begin(sandbox, child="none", preexec_fn=nohup)
     sweep.signal_group(signal.SIGHUP)
-    workplace.open_gate()
+    sandbox.open_gate()
     assert sweep.wait() == 0
-    check_finished(workplace, [f"x_{x}" for x in range(RUNS)])
+    check_finished(sandbox, [f"x_{x}" for x in range(RUNS)])
 
 
-def test_an_interrupt_that_ends_the_reader_of_the_output_first(workplace):
+def test_an_interrupt_that_ends_the_reader_of_the_output_first(sandbox):
     """As in ``... | tee log`` and Ctrl+C."""
     reader, writer = os.pipe()
-    sweep = begin(workplace, stdout=writer)
+    sweep = begin(sandbox, stdout=writer)
     os.close(writer)
     os.close(reader)
     sweep.signal_group(signal.SIGINT)
     assert sweep.wait() == 130
-    assert not workplace.processes()
-    check_finished(workplace)
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
-    assert b'"CANCELLED"' in workplace.partial_results()[0].read_bytes()
+    assert not sandbox.processes()
+    check_finished(sandbox)
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
+    assert b'"CANCELLED"' in sandbox.partial_results()[0].read_bytes()
 
 
-def test_a_terminal_that_goes_away(workplace):
+def test_a_terminal_that_goes_away(sandbox):
     master, slave = os.openpty()
     os.set_blocking(master, False)
 
     def own_terminal():
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
 
-    workplace.env.update(SWEEP_HOLD_FROM=str(HOLD), SWEEP_CHILD="detached")
-    sweep = workplace.start(APP, POINTS, stdout=slave, stderr=slave, preexec_fn=own_terminal)
+    sandbox.env.update(SWEEP_HOLD_FROM=str(HOLD), SWEEP_CHILD="detached")
+    sweep = sandbox.start(APP, POINTS, stdout=slave, stderr=slave, preexec_fn=own_terminal)
     os.close(slave)
     seen = b""
     deadline = time.monotonic() + 60
-    while len(workplace.held()) < 2:
+    while len(sandbox.held()) < 2:
         assert time.monotonic() < deadline, seen.decode()
         try:
             seen += os.read(master, 65536)
@@ -416,42 +417,42 @@ def test_a_terminal_that_goes_away(workplace):
             time.sleep(0.02)
     os.close(master)
     assert sweep.wait() == 129
-    assert not workplace.processes()
-    check_finished(workplace)
-    check_ended(workplace, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
-    assert b'"CANCELLED"' in workplace.partial_results()[0].read_bytes()
+    assert not sandbox.processes()
+    check_finished(sandbox)
+    check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
+    assert b'"CANCELLED"' in sandbox.partial_results()[0].read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_kills_at_any_moment(workplace, number):
+def test_kills_at_any_moment(sandbox, number):
     """Whatever moment is met: no process is left, and what is done stays done."""
     points = ("x=range(40)",)
     settled = {}
     for delay in (0.15, 0.35, 0.45, 0.6, 0.7):
-        sweep = workplace.start(APP, *points)
+        sweep = sandbox.start(APP, *points)
         time.sleep(delay)
         (sweep.signal if number == signal.SIGKILL else sweep.signal_group)(number)
         sweep.wait()
-        workplace.nobody_left()
-        if not workplace.outputs.exists():
+        sandbox.nobody_left()
+        if not sandbox.outputs.exists():
             continue
-        records = workplace.records()
+        records = sandbox.records()
         assert all(record.state.is_final for record in records.values())
         for name, times in settled.items():
-            assert workplace.ledger()[name] == times, f"{name} was finished and run again"
+            assert sandbox.ledger()[name] == times, f"{name} was finished and run again"
         done = [n for n, record in records.items() if record.state is RunState.COMPLETED]
-        settled = {f"{name[2:]} 0": workplace.ledger()[f"{name[2:]} 0"] for name in done}
+        settled = {f"{name[2:]} 0": sandbox.ledger()[f"{name[2:]} 0"] for name in done}
         assert all(times >= 1 for times in settled.values())
-    workplace.run(APP, *points)
-    assert workplace.states() == {"COMPLETED": 40}
+    sandbox.run(APP, *points)
+    assert sandbox.states() == {"COMPLETED": 40}
     for name, times in settled.items():
-        assert workplace.ledger()[name] == times
+        assert sandbox.ledger()[name] == times
 
 
-def test_every_run_is_listed_after_a_stop(workplace):
-    sweep = begin(workplace, child="none")
+def test_every_run_is_listed_after_a_stop(sandbox):
+    sweep = begin(sandbox, child="none")
     sweep.signal(signal.SIGINT)
     sweep.wait()
-    words = [sys.executable, "-m", "orchestrator.cli.status", str(workplace.outputs)]
-    listed = subprocess.run(words, capture_output=True, text=True, check=True, env=workplace.env)
+    words = [sys.executable, "-m", "orchestrator.cli.status", str(sandbox.outputs)]
+    listed = subprocess.run(words, capture_output=True, text=True, check=True, env=sandbox.env)
     assert "4 runs: 2 CANCELLED, 2 COMPLETED" in listed.stdout

@@ -23,32 +23,32 @@ def once(xs, seeds=(0,)):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_command_again_runs_nothing(workplace, method):
+def test_the_same_command_again_runs_nothing(sandbox, method):
     words = ("x=range(4)", "seed=range(3)", f"hydra.launcher.start_method={method}")
-    first = workplace.run(APP, *words)
+    first = sandbox.run(APP, *words)
     assert "done already" not in first
-    before = {n: (workplace.outputs / n / "run.json").read_bytes() for n in workplace.records()}
+    before = {n: (sandbox.outputs / n / "run.json").read_bytes() for n in sandbox.records()}
     assert len(before) == 12
-    text = workplace.run(APP, *words)
+    text = sandbox.run(APP, *words)
     assert "12 of 12 done" in text
     assert "run again with hydra.callbacks.results.resume=false" in text
     assert "code changed" not in text
-    assert workplace.ledger() == once(range(4), range(3))
+    assert sandbox.ledger() == once(range(4), range(3))
     for name, content in before.items():
-        assert (workplace.outputs / name / "run.json").read_bytes() == content
+        assert (sandbox.outputs / name / "run.json").read_bytes() == content
 
 
-def test_the_order_and_the_spelling_of_overrides_do_not_matter(workplace):
-    workplace.run(APP, "x=1,2", "seed=0,1")
-    text = workplace.run(APP, "seed=1,0", "++x=2,1")
+def test_the_order_and_the_spelling_of_overrides_do_not_matter(sandbox):
+    sandbox.run(APP, "x=1,2", "seed=0,1")
+    text = sandbox.run(APP, "seed=1,0", "++x=2,1")
     assert "4 of 4 done" in text
-    assert workplace.ledger() == once((1, 2), (0, 1))
+    assert sandbox.ledger() == once((1, 2), (0, 1))
 
 
-def test_a_default_spelled_out_is_the_same_run(workplace):
-    workplace.run(APP, "x=1,2")
-    assert "2 of 2 done" in workplace.run(APP, "x=1,2", "seed=0")
-    assert workplace.ledger() == once((1, 2))
+def test_a_default_spelled_out_is_the_same_run(sandbox):
+    sandbox.run(APP, "x=1,2")
+    assert "2 of 2 done" in sandbox.run(APP, "x=1,2", "seed=0")
+    assert sandbox.ledger() == once((1, 2))
 
 
 def git(directory, *words):
@@ -67,32 +67,32 @@ def commit(directory, content):
     return git(directory, "rev-parse", "HEAD")
 
 
-def test_a_change_of_the_code_is_said(workplace):
-    git(workplace.directory, "init", "-q")
-    old = commit(workplace.directory, "first")
-    assert "code changed" not in workplace.run(APP, "x=1,2")
-    assert workplace.record("x_1").versions.git_commit == old
-    assert workplace.record("x_1").versions.git_dirty is False
-    new = commit(workplace.directory, "second")
-    text = workplace.run(APP, "x=1,2")
+def test_a_change_of_the_code_is_said(sandbox):
+    git(sandbox.directory, "init", "-q")
+    old = commit(sandbox.directory, "first")
+    assert "code changed" not in sandbox.run(APP, "x=1,2")
+    assert sandbox.record("x_1").versions.git_commit == old
+    assert sandbox.record("x_1").versions.git_dirty is False
+    new = commit(sandbox.directory, "second")
+    text = sandbox.run(APP, "x=1,2")
     assert f"2 of 2 done already; code changed since: {old[:7]} → {new[:7]}; run again with" in text
-    (workplace.directory / "code.py").write_text("third")
-    text = workplace.run(APP, "x=1,2,3")
+    (sandbox.directory / "code.py").write_text("third")
+    text = sandbox.run(APP, "x=1,2,3")
     assert "2 of 3 done already" in text
     assert f"code changed since: {old[:7]} → {new[:7]}+edits" in text
-    assert workplace.record("x_3").versions.git_dirty is True
-    assert workplace.ledger() == once((1, 2, 3))
+    assert sandbox.record("x_3").versions.git_dirty is True
+    assert sandbox.ledger() == once((1, 2, 3))
 
 
-def test_what_failed_is_run_again(workplace):
-    workplace.run(APP, "x=range(4)", "fail_from=2", expect=1)
-    assert workplace.states() == {"COMPLETED": 2, "FAILED": 2}
-    workplace.run(APP, "x=range(4)", "fail_from=2", expect=1)
-    assert len(workplace.record("x_2_fail_from_2").attempts) == 1
-    workplace.open_gate()
-    assert "2 of 4 done" in workplace.run(APP, "x=range(4)", "fail_from=2")
-    assert workplace.ledger() == once(range(4))
-    run = RunDir(workplace.outputs / "x_2_fail_from_2")
+def test_what_failed_is_run_again(sandbox):
+    sandbox.run(APP, "x=range(4)", "fail_from=2", expect=1)
+    assert sandbox.states() == {"COMPLETED": 2, "FAILED": 2}
+    sandbox.run(APP, "x=range(4)", "fail_from=2", expect=1)
+    assert len(sandbox.record("x_2_fail_from_2").attempts) == 1
+    sandbox.open_gate()
+    assert "2 of 4 done" in sandbox.run(APP, "x=range(4)", "fail_from=2")
+    assert sandbox.ledger() == once(range(4))
+    run = RunDir(sandbox.outputs / "x_2_fail_from_2")
     record = run.read()
     assert record.state is RunState.COMPLETED
     assert [attempt.state for attempt in record.attempts] == [RunState.FAILED] * 2
@@ -104,16 +104,16 @@ def test_what_failed_is_run_again(workplace):
         assert not old.arrays.exists()  # a task that goes on from a checkpoint finds it
     assert "ValueError" not in run.stderr.read_text()
     assert run.metrics.read_text().count("\n") == 1
-    assert len(list(find_runs(workplace.outputs))) == 4  # old attempts are no runs
+    assert len(list(find_runs(sandbox.outputs))) == 4  # old attempts are no runs
 
 
-def test_resume_off_does_it_again_and_keeps_the_old(workplace):
-    workplace.run(APP, "x=1,2")
-    old = (workplace.outputs / "x_1" / "run.json").read_bytes()
-    text = workplace.run(APP, "x=1,2", "hydra.callbacks.results.resume=false")
+def test_resume_off_does_it_again_and_keeps_the_old(sandbox):
+    sandbox.run(APP, "x=1,2")
+    old = (sandbox.outputs / "x_1" / "run.json").read_bytes()
+    text = sandbox.run(APP, "x=1,2", "hydra.callbacks.results.resume=false")
     assert "done already" not in text
-    assert workplace.ledger() == {"1 0": 2, "2 0": 2}
-    run = RunDir(workplace.outputs / "x_1")
+    assert sandbox.ledger() == {"1 0": 2, "2 0": 2}
+    run = RunDir(sandbox.outputs / "x_1")
     assert [attempt.state for attempt in run.read().attempts] == [RunState.COMPLETED]
     aside = RunDir(run.attempts / "1")
     assert aside.record.read_bytes() == old
@@ -123,23 +123,23 @@ def test_resume_off_does_it_again_and_keeps_the_old(workplace):
         assert (part.path / ".hydra" / "config.yaml").exists()
         with np.load(part.arrays) as arrays:
             assert arrays["curve"].tolist() == [1, 2, 3]
-    assert len(workplace.records()) == 2
-    assert "2 of 2 done" in workplace.run(APP, "x=1,2")
+    assert len(sandbox.records()) == 2
+    assert "2 of 2 done" in sandbox.run(APP, "x=1,2")
 
 
-def test_a_changed_base_config_gets_another_directory(workplace):
-    workplace.run(APP, "x=1,2")
-    before = {name: record.fingerprint for name, record in workplace.records().items()}
+def test_a_changed_base_config_gets_another_directory(sandbox):
+    sandbox.run(APP, "x=1,2")
+    before = {name: record.fingerprint for name, record in sandbox.records().items()}
     for _ in range(2):
-        workplace.run(APP, "x=1,2", env={"SWEEP_BASE": "5"})
-    records = workplace.records()
+        sandbox.run(APP, "x=1,2", env={"SWEEP_BASE": "5"})
+    records = sandbox.records()
     assert {name: records[name].fingerprint for name in before} == before
     names = {
         f"{name}-{r.fingerprint[:8]}"
         for name, r in zip(("x_1", "x_2"), _new(records, before), strict=True)
     }
     assert set(records) == {"x_1", "x_2"} | names
-    assert workplace.ledger() == {"1 0": 2, "2 0": 2}
+    assert sandbox.ledger() == {"1 0": 2, "2 0": 2}
 
 
 def _new(records, before):
@@ -147,48 +147,48 @@ def _new(records, before):
     return sorted(new, key=lambda record: record.index)
 
 
-def test_a_wider_grid_runs_only_what_is_new(workplace):
-    workplace.run(APP, "x=1,2")
-    text = workplace.run(APP, "x=0,1,2,3", "seed=0,1")
+def test_a_wider_grid_runs_only_what_is_new(sandbox):
+    sandbox.run(APP, "x=1,2")
+    text = sandbox.run(APP, "x=0,1,2,3", "seed=0,1")
     assert "2 of 8 done" in text
-    assert workplace.ledger() == once(range(4), (0, 1))
+    assert sandbox.ledger() == once(range(4), (0, 1))
     # Whether a default is in the name depends on the command; the run is the same.
-    assert workplace.states() == {"COMPLETED": 8}
-    assert "2 of 2 done" in workplace.run(APP, "x=1,2")
+    assert sandbox.states() == {"COMPLETED": 8}
+    assert "2 of 2 done" in sandbox.run(APP, "x=1,2")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_batches_of_the_basic_sweeper(workplace, method):
+def test_batches_of_the_basic_sweeper(sandbox, method):
     words = (
         "x=range(5)",
         "hydra/sweeper=basic",
         "hydra.sweeper.max_batch_size=2",
         f"hydra.launcher.start_method={method}",
     )
-    workplace.run(APP, *words)
-    assert {r.index: r.hyperparams["x"] for r in workplace.records().values()} == dict(
+    sandbox.run(APP, *words)
+    assert {r.index: r.hyperparams["x"] for r in sandbox.records().values()} == dict(
         enumerate(range(5))
     )
-    text = workplace.run(APP, *words)
+    text = sandbox.run(APP, *words)
     assert text.count("2 of 2 done") == 2
     assert text.count("1 of 1 done") == 1
-    assert workplace.ledger() == once(range(5))
-    assert not workplace.processes()
+    assert sandbox.ledger() == once(range(5))
+    assert not sandbox.processes()
 
 
-def test_the_grid_sweeper_resumes_too(workplace):
-    workplace.run(APP, "hydra/sweeper=grid", "x=range(3)")
-    text = workplace.run(APP, "hydra/sweeper=grid", "x=range(5)")
+def test_the_grid_sweeper_resumes_too(sandbox):
+    sandbox.run(APP, "hydra/sweeper=grid", "x=range(3)")
+    text = sandbox.run(APP, "hydra/sweeper=grid", "x=range(5)")
     assert "3 of 5 done" in text
-    assert "2 of 2 done" in workplace.run(APP, "hydra/sweeper=basic", "x=0,4")
-    assert workplace.ledger() == once(range(5))
+    assert "2 of 2 done" in sandbox.run(APP, "hydra/sweeper=basic", "x=0,4")
+    assert sandbox.ledger() == once(range(5))
 
 
-def test_a_run_that_was_moved_is_not_done(workplace):
-    workplace.run(APP, "x=1,2")
-    (workplace.outputs / "x_1").rename(workplace.directory / "x_1")
-    assert "1 of 2 done" in workplace.run(APP, "x=1,2")
-    assert workplace.ledger() == {"1 0": 2, "2 0": 1}
+def test_a_run_that_was_moved_is_not_done(sandbox):
+    sandbox.run(APP, "x=1,2")
+    (sandbox.outputs / "x_1").rename(sandbox.directory / "x_1")
+    assert "1 of 2 done" in sandbox.run(APP, "x=1,2")
+    assert sandbox.ledger() == {"1 0": 2, "2 0": 1}
 
 
 # --- return values, as a sweeper sees them ---
@@ -244,63 +244,63 @@ def test_recorded_values_answer_the_sweeper(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_launchers_at_once_share_the_work(workplace, method):
-    workplace.env["SWEEP_HOLD_FROM"] = "0"
+def test_two_launchers_at_once_share_the_work(sandbox, method):
+    sandbox.env["SWEEP_HOLD_FROM"] = "0"
     words = ("x=range(8)", f"hydra.launcher.start_method={method}")
-    sweeps = [workplace.start(APP, *words) for _ in range(2)]
-    workplace.until(
-        lambda: len(workplace.held()) == 4, lambda: "\n".join(sweep.text for sweep in sweeps)
+    sweeps = [sandbox.start(APP, *words) for _ in range(2)]
+    sandbox.until(
+        lambda: len(sandbox.held()) == 4, lambda: "\n".join(sweep.text for sweep in sweeps)
     )
-    workplace.open_gate()
+    sandbox.open_gate()
     assert [sweep.wait() for sweep in sweeps] == [0, 0], "\n".join(s.text for s in sweeps)
-    assert workplace.ledger() == once(range(8))
-    assert workplace.states() == {"COMPLETED": 8}
+    assert sandbox.ledger() == once(range(8))
+    assert sandbox.states() == {"COMPLETED": 8}
     assert "is being run by another launcher; waiting" in sweeps[0].text + sweeps[1].text
     for sweep in sweeps:
         assert "8 out of 8" in sweep.text or "of 8 done" in sweep.text
-    results = list(workplace.outputs.glob(".sweeps/*/train_sweep_results.json"))
+    results = list(sandbox.outputs.glob(".sweeps/*/train_sweep_results.json"))
     assert len(results) == 2
     assert all(result.read_bytes().count(b'"success":true') == 8 for result in results)
 
 
-def test_two_launchers_in_a_race_for_short_runs(workplace):
-    sweeps = [workplace.start(APP, "x=range(40)") for _ in range(3)]
+def test_two_launchers_in_a_race_for_short_runs(sandbox):
+    sweeps = [sandbox.start(APP, "x=range(40)") for _ in range(3)]
     assert [sweep.wait(120) for sweep in sweeps] == [0, 0, 0], "\n".join(s.text for s in sweeps)
-    assert workplace.ledger() == once(range(40))
-    assert workplace.states() == {"COMPLETED": 40}
+    assert sandbox.ledger() == once(range(40))
+    assert sandbox.states() == {"COMPLETED": 40}
 
 
-def test_a_launcher_takes_over_from_one_that_died(workplace):
-    workplace.env["SWEEP_HOLD_FROM"] = "0"
-    first = workplace.start(APP, "x=0,1")
-    workplace.until(lambda: len(workplace.held()) == 2, lambda: first.text)
-    second = workplace.start(APP, "x=0,1")
-    workplace.until(lambda: "another launcher" in second.text, lambda: second.text)
-    for path in workplace.state.glob("held-*"):
+def test_a_launcher_takes_over_from_one_that_died(sandbox):
+    sandbox.env["SWEEP_HOLD_FROM"] = "0"
+    first = sandbox.start(APP, "x=0,1")
+    sandbox.until(lambda: len(sandbox.held()) == 2, lambda: first.text)
+    second = sandbox.start(APP, "x=0,1")
+    sandbox.until(lambda: "another launcher" in second.text, lambda: second.text)
+    for path in sandbox.state.glob("held-*"):
         path.unlink()
     first.signal(signal.SIGKILL)
-    workplace.until(lambda: len(workplace.held()) == 2, lambda: second.text)
-    workplace.open_gate()
+    sandbox.until(lambda: len(sandbox.held()) == 2, lambda: second.text)
+    sandbox.open_gate()
     assert second.wait() == 0
-    assert workplace.ledger() == once((0, 1))
-    for record in workplace.records().values():
+    assert sandbox.ledger() == once((0, 1))
+    for record in sandbox.records().values():
         assert record.state is RunState.COMPLETED
         assert [attempt.state for attempt in record.attempts] == [RunState.CANCELLED]
 
 
-def test_a_launcher_that_waits_for_another_can_be_interrupted(workplace):
-    workplace.env["SWEEP_HOLD_FROM"] = "0"
-    first = workplace.start(APP, "x=0,1")
-    workplace.until(lambda: len(workplace.held()) == 2, lambda: first.text)
-    second = workplace.start(APP, "x=0,1,2")
-    workplace.until(lambda: len(workplace.held()) == 3, lambda: second.text)
+def test_a_launcher_that_waits_for_another_can_be_interrupted(sandbox):
+    sandbox.env["SWEEP_HOLD_FROM"] = "0"
+    first = sandbox.start(APP, "x=0,1")
+    sandbox.until(lambda: len(sandbox.held()) == 2, lambda: first.text)
+    second = sandbox.start(APP, "x=0,1,2")
+    sandbox.until(lambda: len(sandbox.held()) == 3, lambda: second.text)
     second.signal(signal.SIGINT)
     assert second.wait() == 130
     assert first.process.poll() is None
-    workplace.open_gate()
+    sandbox.open_gate()
     assert first.wait() == 0
-    assert workplace.ledger() == once((0, 1))
-    assert workplace.record("x_2").state is RunState.CANCELLED
+    assert sandbox.ledger() == once((0, 1))
+    assert sandbox.record("x_2").state is RunState.CANCELLED
 
 
 # --- the callback under other launchers ---
@@ -314,11 +314,11 @@ NAMED = ("hydra/callbacks=results", "hydra/output=named")
 
 
 @pytest.mark.parametrize("launcher", OTHERS)
-def test_records_under_other_launchers(workplace, launcher):
+def test_records_under_other_launchers(sandbox, launcher):
     words = (*OTHERS[launcher], *NAMED)
-    text = workplace.run(APP, "x=range(3)", "fail_from=2", common=words, expect=1)
+    text = sandbox.run(APP, "x=range(3)", "fail_from=2", common=words, expect=1)
     assert "x is 2" in text
-    records = workplace.records()
+    records = sandbox.records()
     names = [f"x_{x}_fail_from_2" for x in range(3)]
     assert sorted(records) == names
     for x, name in enumerate(names):
@@ -328,8 +328,8 @@ def test_records_under_other_launchers(workplace, launcher):
         assert record.index == x
         assert record.seed == 0
         assert record.duration_seconds >= 0
-        assert RunDir(workplace.outputs / name).metrics.read_text().count("\n") == 1
-        with np.load(workplace.outputs / name / "arrays.npz") as arrays:
+        assert RunDir(sandbox.outputs / name).metrics.read_text().count("\n") == 1
+        with np.load(sandbox.outputs / name / "arrays.npz") as arrays:
             assert arrays["curve"].tolist() == [x, x + 1, x + 2]
         if x < 2:
             assert record.state is RunState.COMPLETED
@@ -340,23 +340,23 @@ def test_records_under_other_launchers(workplace, launcher):
             assert record.metrics == {"loss": 1.0}
             assert (record.error.type, record.error.message) == ("ValueError", "x is 2")
             assert "in main" in record.error.traceback
-    assert workplace.ledger() == once(range(2))
+    assert sandbox.ledger() == once(range(2))
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_what_another_launcher_finished_is_done_for_the_queue(workplace, launcher):
-    workplace.run(APP, "x=range(3)", common=(*OTHERS[launcher], *NAMED))
-    assert "3 of 4 done" in workplace.run(APP, "x=range(4)")
-    assert workplace.ledger() == once(range(4))
+def test_what_another_launcher_finished_is_done_for_the_queue(sandbox, launcher):
+    sandbox.run(APP, "x=range(3)", common=(*OTHERS[launcher], *NAMED))
+    assert "3 of 4 done" in sandbox.run(APP, "x=range(4)")
+    assert sandbox.ledger() == once(range(4))
 
 
-def test_a_single_run_without_any_launcher(workplace):
-    workplace.run(APP, "x=3", common=NAMED, mode="hydra.verbose=false")
-    record = workplace.record("x_3")
+def test_a_single_run_without_any_launcher(sandbox):
+    sandbox.run(APP, "x=3", common=NAMED, mode="hydra.verbose=false")
+    record = sandbox.record("x_3")
     assert record.state is RunState.COMPLETED
     assert record.metrics == {"loss": 1.5, "score": 30}
-    assert "1 of 2 done" in workplace.run(APP, "x=3,4")
-    assert workplace.ledger() == once((3, 4))
+    assert "1 of 2 done" in sandbox.run(APP, "x=3,4")
+    assert sandbox.ledger() == once((3, 4))
 
 
 @pytest.mark.parametrize(
@@ -368,41 +368,39 @@ def test_a_single_run_without_any_launcher(workplace):
         ("keyboard_interrupt", None, "KeyboardInterrupt"),
     ],
 )
-def test_bad_ends_under_the_basic_launcher(workplace, case, code, kind):
-    sweep = workplace.start(
-        "hostile_app.py", f"case={case}", common=("hydra/launcher=basic", *NAMED)
-    )
+def test_bad_ends_under_the_basic_launcher(sandbox, case, code, kind):
+    sweep = sandbox.start("hostile_app.py", f"case={case}", common=("hydra/launcher=basic", *NAMED))
     status = sweep.wait()
     assert status == code if code is not None else status != 0
-    record = workplace.record(f"case_{case}")
+    record = sandbox.record(f"case_{case}")
     expected = RunState.CANCELLED if kind == "KeyboardInterrupt" else RunState.FAILED
     assert record.state is expected
     assert record.error.type == kind
 
 
-def test_an_interrupt_under_the_basic_launcher(workplace):
-    workplace.env["SWEEP_HOLD_FROM"] = "1"
-    sweep = workplace.start(APP, "x=range(3)", common=("hydra/launcher=basic", *NAMED))
-    workplace.until(workplace.held, lambda: sweep.text)
+def test_an_interrupt_under_the_basic_launcher(sandbox):
+    sandbox.env["SWEEP_HOLD_FROM"] = "1"
+    sweep = sandbox.start(APP, "x=range(3)", common=("hydra/launcher=basic", *NAMED))
+    sandbox.until(sandbox.held, lambda: sweep.text)
     sweep.signal(signal.SIGINT)
     assert sweep.wait() != 0
-    assert workplace.record("x_0").state is RunState.COMPLETED
-    assert workplace.record("x_1").state is RunState.CANCELLED
-    workplace.open_gate()
-    assert "1 of 3 done" in workplace.run(APP, "x=range(3)")
-    assert workplace.ledger() == once(range(3))
+    assert sandbox.record("x_0").state is RunState.COMPLETED
+    assert sandbox.record("x_1").state is RunState.CANCELLED
+    sandbox.open_gate()
+    assert "1 of 3 done" in sandbox.run(APP, "x=range(3)")
+    assert sandbox.ledger() == once(range(3))
 
 
-def test_a_joblib_worker_that_is_killed_reads_lost(workplace):
+def test_a_joblib_worker_that_is_killed_reads_lost(sandbox):
     from orchestrator.store import observed_state
 
-    workplace.env["SWEEP_HOLD_FROM"] = "0"
-    sweep = workplace.start(APP, "x=range(2)", common=(*OTHERS["joblib"], *NAMED))
-    workplace.until(lambda: len(workplace.held()) == 2, lambda: sweep.text)
-    os.kill(workplace.record("x_0").pid, signal.SIGKILL)
+    sandbox.env["SWEEP_HOLD_FROM"] = "0"
+    sweep = sandbox.start(APP, "x=range(2)", common=(*OTHERS["joblib"], *NAMED))
+    sandbox.until(lambda: len(sandbox.held()) == 2, lambda: sweep.text)
+    os.kill(sandbox.record("x_0").pid, signal.SIGKILL)
     assert sweep.wait() != 0
-    workplace.until(
-        lambda: not psutil.pid_exists(workplace.record("x_1").pid) or workplace.open_gate(),
+    sandbox.until(
+        lambda: not psutil.pid_exists(sandbox.record("x_1").pid) or sandbox.open_gate(),
         "the end of the other worker",
     )
-    assert observed_state(workplace.record("x_0")) is RunState.LOST
+    assert observed_state(sandbox.record("x_0")) is RunState.LOST

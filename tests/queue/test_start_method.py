@@ -22,8 +22,8 @@ def needs_torch():
     pytest.importorskip("torch", reason="torch is not installed")
 
 
-def chosen(workplace, *words, **env):
-    text = workplace.run(APP, "x=1", *words, env=env)
+def chosen(sandbox, *words, **env):
+    text = sandbox.run(APP, "x=1", *words, env=env)
     line = next(line for line in text.splitlines() if line.startswith("Jobs start by "))
     method, _, reason = line.removeprefix("Jobs start by ").partition(": ")
     return method, reason
@@ -32,53 +32,53 @@ def chosen(workplace, *words, **env):
 # --- what `auto` decides, in real launchers ---
 
 
-def test_an_app_that_only_imported_is_forked(workplace):
-    assert chosen(workplace) == ("fork", "the app has only been imported.")
+def test_an_app_that_only_imported_is_forked(sandbox):
+    assert chosen(sandbox) == ("fork", "the app has only been imported.")
 
 
-def test_torch_only_imported_is_forked(workplace):
+def test_torch_only_imported_is_forked(sandbox):
     needs_torch()
-    assert chosen(workplace, APP_IMPORTS="torch")[0] == "fork"
+    assert chosen(sandbox, APP_IMPORTS="torch")[0] == "fork"
 
 
-def test_numpy_used_is_forked(workplace):
-    assert chosen(workplace, APP_BEFORE="numpy")[0] == "fork"
+def test_numpy_used_is_forked(sandbox):
+    assert chosen(sandbox, APP_BEFORE="numpy")[0] == "fork"
 
 
-def test_torch_used_with_one_thread_is_forked(workplace):
+def test_torch_used_with_one_thread_is_forked(sandbox):
     needs_torch()
-    assert chosen(workplace, APP_BEFORE="torch1")[0] == "fork"
+    assert chosen(sandbox, APP_BEFORE="torch1")[0] == "fork"
 
 
-def test_torch_used_with_two_threads_is_spawned_and_its_jobs_finish(workplace):
+def test_torch_used_with_two_threads_is_spawned_and_its_jobs_finish(sandbox):
     needs_torch()
     # One slot: each job has all cores, so that torch uses its threads in the jobs, too.
     words = ("x=range(4)", "size=600", "hydra.launcher.max_processes=1", "hydra.launcher.threads=2")
     env = {"APP_BEFORE": "torch2", "APP_IMPORTS": "torch"}
-    text = workplace.run(APP, *words, env=env)
+    text = sandbox.run(APP, *words, env=env)
     assert "Jobs start by spawn: " in text
     assert "threads run in this process" in text
-    assert workplace.states() == {"COMPLETED": 4}
-    for record in workplace.records().values():
+    assert sandbox.states() == {"COMPLETED": 4}
+    for record in sandbox.records().values():
         assert record.return_value["torch_product"] == 600.0**3
         assert record.return_value["threads"]["torch"] == 2
 
 
-def test_a_running_thread_is_spawned_and_named(workplace):
-    method, reason = chosen(workplace, APP_BEFORE="thread")
+def test_a_running_thread_is_spawned_and_named(sandbox):
+    method, reason = chosen(sandbox, APP_BEFORE="thread")
     assert method == "spawn"
     assert "feeder" in reason
 
 
-def test_what_is_asked_for_is_done(workplace):
-    assert chosen(workplace, "hydra.launcher.start_method=fork", APP_BEFORE="thread")[0] == "fork"
-    assert chosen(workplace, "hydra.launcher.start_method=spawn")[0] == "spawn"
+def test_what_is_asked_for_is_done(sandbox):
+    assert chosen(sandbox, "hydra.launcher.start_method=fork", APP_BEFORE="thread")[0] == "fork"
+    assert chosen(sandbox, "hydra.launcher.start_method=spawn")[0] == "spawn"
 
 
-def test_an_unknown_method_is_an_error_that_names_the_known_ones(workplace):
-    text = workplace.run(APP, "x=1", "hydra.launcher.start_method=thread", expect=1)
+def test_an_unknown_method_is_an_error_that_names_the_known_ones(sandbox):
+    text = sandbox.run(APP, "x=1", "hydra.launcher.start_method=thread", expect=1)
     assert "hydra.launcher.start_method is 'thread'; expected one of auto, fork, spawn" in text
-    assert not workplace.processes()
+    assert not sandbox.processes()
 
 
 # --- what `auto` looks at, in this process ---
@@ -141,40 +141,40 @@ def test_an_unknown_method_in_the_function_itself():
 # --- random numbers ---
 
 
-def draws(workplace):
+def draws(sandbox):
     return {
         record.hyperparams["x"]: record.return_value["drawn"]
-        for record in workplace.records().values()
+        for record in sandbox.records().values()
     }
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("imports", ["", "torch"])
-def test_each_run_draws_its_own_numbers_and_the_same_again(workplace, method, imports):
+def test_each_run_draws_its_own_numbers_and_the_same_again(sandbox, method, imports):
     if imports:
         needs_torch()
     words = ("x=range(4)", f"hydra.launcher.start_method={method}")
     env = {"APP_IMPORTS": imports}
-    workplace.run(APP, *words, env=env)
-    first = draws(workplace)
+    sandbox.run(APP, *words, env=env)
+    first = draws(sandbox)
     assert len(first) == 4
     generators = {"random", "numpy", *imports.split()}
     for generator in generators:
         assert len({drawn[generator] for drawn in first.values()}) == 4, generator
-    workplace.run(APP, *words, "hydra.callbacks.results.resume=false", env=env)
-    assert all(len(record.attempts) == 1 for record in workplace.records().values())
-    assert draws(workplace) == first
+    sandbox.run(APP, *words, "hydra.callbacks.results.resume=false", env=env)
+    assert all(len(record.attempts) == 1 for record in sandbox.records().values())
+    assert draws(sandbox) == first
 
 
 @pytest.mark.parametrize("imports", ["", "torch"])
-def test_both_methods_draw_the_same_numbers(workplace, imports):
+def test_both_methods_draw_the_same_numbers(sandbox, imports):
     if imports:
         needs_torch()
     drawn = []
     for method in METHODS:
         words = (f"hydra.launcher.start_method={method}", "hydra.callbacks.results.resume=false")
-        workplace.run(APP, "x=range(2)", *words, env={"APP_IMPORTS": imports})
-        drawn.append(draws(workplace))
+        sandbox.run(APP, "x=range(2)", *words, env={"APP_IMPORTS": imports})
+        drawn.append(draws(sandbox))
     assert drawn[0] == drawn[1]
 
 
@@ -183,15 +183,15 @@ def test_both_methods_draw_the_same_numbers(workplace, imports):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("slots", [1, 2])
-def test_the_cores_are_divided_among_the_slots(workplace, method, slots):
+def test_the_cores_are_divided_among_the_slots(sandbox, method, slots):
     needs_torch()
     env = {"APP_IMPORTS": "torch"}
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        workplace.env.pop(name, None)
+        sandbox.env.pop(name, None)
     words = (f"hydra.launcher.start_method={method}", f"hydra.launcher.max_processes={slots}")
-    workplace.run(APP, "x=1,2", *words, env=env)
+    sandbox.run(APP, "x=1,2", *words, env=env)
     expected = max(1, cores() // slots)
-    for record in workplace.records().values():
+    for record in sandbox.records().values():
         threads = record.return_value["threads"]
         assert threads["torch"] == expected
         assert threads["pools"]
@@ -200,28 +200,28 @@ def test_the_cores_are_divided_among_the_slots(workplace, method, slots):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_number_of_threads_can_be_set(workplace, method):
+def test_the_number_of_threads_can_be_set(sandbox, method):
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        workplace.env.pop(name, None)
+        sandbox.env.pop(name, None)
     words = (f"hydra.launcher.start_method={method}", "hydra.launcher.threads=1")
-    workplace.run(APP, "x=1", *words)
-    (record,) = workplace.records().values()
+    sandbox.run(APP, "x=1", *words)
+    (record,) = sandbox.records().values()
     assert set(record.return_value["threads"]["pools"].values()) == {1}
 
 
 @pytest.mark.parametrize("before", ["", "numpy"])
-def test_threaded_matrix_products_in_forked_jobs_finish(workplace, before):
+def test_threaded_matrix_products_in_forked_jobs_finish(sandbox, before):
     words = ("x=range(20)", "size=700", "hydra.launcher.threads=4", "hydra.launcher.timeout_s=60")
-    text = workplace.run(APP, *words, env={"APP_BEFORE": before})
+    text = sandbox.run(APP, *words, env={"APP_BEFORE": before})
     assert "Jobs start by fork" in text
-    assert workplace.states() == {"COMPLETED": 20}
-    products = {record.return_value["product"] for record in workplace.records().values()}
+    assert sandbox.states() == {"COMPLETED": 20}
+    products = {record.return_value["product"] for record in sandbox.records().values()}
     assert products == {700.0**3}
 
 
-def test_threaded_torch_in_forked_jobs_finishes_where_torch_was_only_imported(workplace):
+def test_threaded_torch_in_forked_jobs_finishes_where_torch_was_only_imported(sandbox):
     needs_torch()
     words = ("x=range(10)", "size=700", "hydra.launcher.threads=2", "hydra.launcher.timeout_s=60")
-    text = workplace.run(APP, *words, env={"APP_IMPORTS": "torch"})
+    text = sandbox.run(APP, *words, env={"APP_IMPORTS": "torch"})
     assert "Jobs start by fork" in text
-    assert workplace.states() == {"COMPLETED": 10}
+    assert sandbox.states() == {"COMPLETED": 10}

@@ -1,7 +1,7 @@
 import copy
 import os
-import pickle
 
+import cloudpickle
 import pytest
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
@@ -132,7 +132,8 @@ def test_freezing_is_done_once_and_leaves_the_loader_alone(loaders):
 def test_a_frozen_loader_travels_to_other_processes(loaders, start, configs):
     master = start(configs)[1]
     expected = OmegaConf.to_yaml(loaders[0].load_sweep_config(master, ["model=cnn"]))
-    shipped = pickle.dumps(loaders[1])
+    # As launchers do: a scan of plugins in between leaves two classes of the same name.
+    shipped = cloudpickle.dumps(loaders[1])
     for file in configs.rglob("*.yaml"):
         file.unlink()
     for loader in (pickle.loads(shipped), copy.deepcopy(loaders[1])):
