@@ -136,5 +136,5 @@ def test_a_frozen_loader_travels_to_other_processes(loaders, start, configs):
     shipped = cloudpickle.dumps(loaders[1])
     for file in configs.rglob("*.yaml"):
         file.unlink()
-    for loader in (pickle.loads(shipped), copy.deepcopy(loaders[1])):
+    for loader in (cloudpickle.loads(shipped), copy.deepcopy(loaders[1])):
         assert OmegaConf.to_yaml(loader.load_sweep_config(master, ["model=cnn"])) == expected
