@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 
 from orchestrator import run as current_run
-from orchestrator.identity import identify, read_settings
+from orchestrator.identity import Identity, identify, read_settings
 from orchestrator.overrides import as_typed
 from orchestrator.processes import boot_id, hostname, own_identity
-from orchestrator.record import ErrorInfo, RunRecord, RunState, from_plain, to_plain
+from orchestrator.record import ErrorInfo, RunRecord, RunState, numbers_in, to_plain
 from orchestrator.run import ActiveRun
-from orchestrator.store import RunDir, RunLock, find_runs
+from orchestrator.store import RunDir, RunLock, find_runs, own_directory
 from orchestrator.sweeps import Sweep, code_versions, rerun_command
 
 if TYPE_CHECKING:
@@ -62,19 +62,27 @@ class ResultsCallback(Callback):
             overrides=as_typed(config.hydra),
             results_file=None if results_file is None else Path(results_file).absolute(),
         )
+        self._sweep.write()
         # Workers of any launcher on this machine inherit it.
         os.environ[_SWEEP_VARIABLE] = self._sweep.sweep_id
+        # A failed job ends the whole sweep without `on_multirun_end`.
+        atexit.register(self._end_sweep, os.getpid())
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Write the sweep's results; Hydra does not call this where a job has failed."""
+        atexit.unregister(self._end_sweep)
+        self._end_sweep(os.getpid())
+
+    def _end_sweep(self, pid: int) -> None:
+        """Write the sweep's results from the records that name it."""
         sweep, self._sweep = self._sweep, None
-        if sweep is None:
+        if sweep is None or os.getpid() != pid:
             return
         os.environ.pop(_SWEEP_VARIABLE, None)
         for run in find_runs(sweep.root):
             record = run.try_read()
             if record is not None and record.sweep_id == sweep.sweep_id:
                 sweep.add_run(len(sweep.runs) if record.index is None else record.index, run.path)
+                sweep.states[record.state.value] += 1
         sweep.total = len(sweep.runs)
         sweep.write(ended=True)
         sweep.write_results(complete=True)
@@ -84,14 +92,30 @@ class ResultsCallback(Callback):
         if active is not None and active.managed:
             return
         run = RunDir(Path(config.hydra.runtime.output_dir))
-        run.path.mkdir(parents=True, exist_ok=True)
+        who = self._identify(config)
+        # Hydra has decided where the run writes: whoever owns the directory may be asked no more.
+        own_directory(run.path, who.fingerprint)
         self._lock = RunLock.acquire(run)
+        if self._lock is None:
+            self._stay_out_of(run)
+            return
         earlier = run.try_read()
         run.set_aside(whole=False)
-        self._record = self._first_record(config, run, earlier)
+        self._record = self._first_record(config, run, who, earlier)
         run.write(self._record)
         current_run.activate(ActiveRun(run))
         atexit.register(self._on_exit, os.getpid())
+
+    def _stay_out_of(self, run: RunDir) -> None:
+        """Somebody else works in this directory: leave its record and its curves alone."""
+        aside = run.attempts / f"unrecorded-{os.getpid()}"
+        aside.mkdir(parents=True, exist_ok=True)
+        current_run.activate(ActiveRun(RunDir(aside)))
+        print(
+            f"{run.path} is being worked in by another process: this run is not recorded, and "
+            f"what it logs and saves is in {aside}. Give each its own hydra.sweep.dir.",
+            file=sys.stderr,
+        )
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if self._record is None:
@@ -107,12 +131,14 @@ class ResultsCallback(Callback):
         else:
             self._finish(RunState.FAILED, error=ErrorInfo.of(value), returncode=1)
 
-    def _first_record(
-        self, config: DictConfig, run: RunDir, earlier: RunRecord | None
-    ) -> RunRecord:
+    def _identify(self, config: DictConfig) -> Identity:
         hydra = config.hydra
-        overrides = as_typed(hydra)
-        who = identify(config, overrides, self._settings)
+        return identify(config, as_typed(hydra), self._settings, hydra.job.name)
+
+    def _first_record(
+        self, config: DictConfig, run: RunDir, who: Identity, earlier: RunRecord | None
+    ) -> RunRecord:
+        hydra, overrides = config.hydra, as_typed(config.hydra)
         pid, started = own_identity()
         named = hydra.runtime.choices.get("hydra/output") == "named"
         return RunRecord(
@@ -124,7 +150,7 @@ class ResultsCallback(Callback):
             fingerprint=who.fingerprint,
             seed=who.seed,
             state=RunState.RUNNING,
-            attempts=(*earlier.attempts, earlier.as_attempt()) if earlier else (),
+            attempts=earlier.with_last_attempt() if earlier else (),
             host=hostname(),
             boot_id=boot_id(),
             pid=pid,
@@ -138,15 +164,12 @@ class ResultsCallback(Callback):
         record, active = self._record, current_run.active()
         assert record is not None
         assert active is not None
-        returned = changes.get("return_value")
-        scalars = from_plain(returned) if isinstance(returned, dict) else {}
-        numbers = {k: v for k, v in scalars.items() if isinstance(v, (int, float))}
         now = time.time()
         final = record.advance(
             state,
             ended_at=now,
             duration_seconds=round(now - (record.started_at or now), 3),
-            metrics={**active.metrics, **numbers},
+            metrics={**active.metrics, **numbers_in(changes.get("return_value"))},
             **changes,
         )
         try:

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.errors import OrchestratorError
@@ -21,8 +21,6 @@ from orchestrator.store import own_directory, planned_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from omegaconf import Node
 
 RESOLVER = "orchestrator.run_name"
 
@@ -37,15 +35,18 @@ class Identity:
     seed: int | None
 
 
-def identify(config: DictConfig, overrides: Sequence[str], settings: ResultsSettings) -> Identity:
+def identify(
+    config: DictConfig, overrides: Sequence[str], settings: ResultsSettings, app: str = ""
+) -> Identity:
     """Who a run is.
 
     Args:
         config: its composed config; the ``hydra`` node, if it is there, does not count.
         overrides: its task overrides, as typed.
         settings: the keys to ignore and the naming table.
+        app: Hydra's job name (``hydra.job.name``), by default that of the app's file.
     """
-    digest = fingerprint(plain_task(config), settings.ignore)
+    digest = fingerprint(plain_task(config), settings.ignore, app)
     values = hyperparams(overrides, settings.ignore)
     return Identity(
         fingerprint=digest,
@@ -69,22 +70,30 @@ def plain_task(config: DictConfig) -> dict[Any, Any]:
     return {
         key: OmegaConf.to_container(node, resolve=False)
         if isinstance(node, (DictConfig, ListConfig))
-        else node._value()  # noqa: SLF001 - the only way to a leaf that is not resolved
+        else _leaf(node)
         for key, node in content.items()
         if key != "hydra"
     }
 
 
-def fingerprint(task: dict[Any, Any], ignore: Iterable[str] = ()) -> str:
+def _leaf(node: Any) -> Any:
+    """The value of a leaf that is not to be resolved; one of a union type is wrapped twice."""
+    while isinstance(node, Node):
+        node = node._value()  # noqa: SLF001 - the only way
+    return node
+
+
+def fingerprint(task: dict[Any, Any], ignore: Iterable[str] = (), app: str = "") -> str:
     """32 hexadecimal digits over the *unresolved* config: ``${now:}`` must not change it.
 
     Args:
         task: plain containers, as from `plain_task`; the keys to ignore are taken out of it.
         ignore: dotted keys that are not part of the identity.
+        app: Hydra's job name; two apps with the same config may share an outputs directory.
     """
     for key in ignore:
         _drop(task, key.split("."))
-    text = json.dumps(_canonical(task), sort_keys=True, ensure_ascii=True)
+    text = json.dumps([app, _canonical(task)], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
@@ -143,7 +152,7 @@ def name_in_config(below: str, *, _root_: DictConfig) -> str:
     as under ``--cfg``, nothing is touched.
     """
     hydra = _root_.hydra
-    who = identify(_root_, as_typed(hydra), results_settings(hydra))
+    who = identify(_root_, as_typed(hydra), results_settings(hydra), hydra.job.name)
     choose = planned_directory if OmegaConf.is_missing(hydra.job, "num") else own_directory
     parent = OmegaConf.select(hydra, below)
     if parent is None:

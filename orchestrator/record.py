@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum
 from pathlib import PurePath
 from typing import Any
@@ -85,7 +87,7 @@ class ErrorInfo(msgspec.Struct, frozen=True):
             text = "".join(traceback.format_exception(error))
         except Exception:  # noqa: BLE001
             text = ""
-        return cls(type(error).__qualname__, message, text)
+        return cls(type(error).__qualname__, message[:_MESSAGE_CHARS], text[-_TRACEBACK_CHARS:])
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -155,16 +157,26 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
             self, state=state, success=state is RunState.COMPLETED, **changes
         )
 
-    def as_attempt(self) -> Attempt:
-        return Attempt(
+    def with_last_attempt(self) -> tuple[Attempt, ...]:
+        """All attempts so far, this one included, for a run that is about to be done again.
+
+        Nobody works on it any more, so one that never said how it ended is LOST.
+        """
+        last = Attempt(
             started_at=self.started_at,
             ended_at=self.ended_at,
-            state=self.state,
+            state=self.state if self.state.is_final else RunState.LOST,
             returncode=self.returncode,
             gpu_uuids=self.gpu_uuids,
             error=self.error,
         )
+        return (*self.attempts, last)
 
+
+# A record is no place for arrays; a few numbers in one are all right.
+_ARRAY_ITEMS = 1_000
+_MESSAGE_CHARS = 10_000
+_TRACEBACK_CHARS = 100_000
 
 _encoder = msgspec.json.Encoder()
 
@@ -261,16 +273,35 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (str, PurePath)):
         # A lone surrogate (a file name that is not UTF-8) cannot be encoded.
         return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(to_plain(key)): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (Sequence, AbstractSet)) and not isinstance(value, (bytes, bytearray)):
         return [to_plain(item) for item in value]
-    if callable(getattr(value, "item", None)) and getattr(value, "size", None) in (1, None):
-        return to_plain(value.item())  # a numpy scalar; a 0-d array
-    if callable(getattr(value, "item", None)) and callable(getattr(value, "numel", None)):
-        return to_plain(value.item())  # a torch scalar; torch's own error says when it is not
+    if (number := _library_value(value)) is not None:
+        return to_plain(number)
     msg = f"a {type(value).__module__}.{type(value).__qualname__} cannot be written as JSON"
     raise TypeError(msg)
+
+
+def _library_value(value: Any) -> Any:
+    """Python's numbers from numpy's, torch's and JAX's; None for anything else."""
+    if not callable(getattr(value, "item", None)):
+        return None
+    size = getattr(value, "size", None)
+    if isinstance(size, int) and 1 < size <= _ARRAY_ITEMS:
+        return value.tolist()
+    # A scalar or 0-d array; a torch tensor's size is a method, and its own error says more.
+    return value.item() if size == 1 or callable(size) else None
+
+
+def numbers_in(returned: Any) -> dict[str, float]:
+    """The numbers of a returned mapping, which count as metrics.
+
+    Args:
+        returned: a return value as `to_plain` gives it.
+    """
+    values = from_plain(returned) if isinstance(returned, dict) else {}
+    return {key: value for key, value in values.items() if isinstance(value, (int, float))}
 
 
 def _finite_or_text(number: float) -> float | str:

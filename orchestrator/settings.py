@@ -32,7 +32,7 @@ class ResultsSettings:
     # named after the run (hydra/output=named), since a time stamp is never found again.
     resume: Optional[bool] = None  # noqa: UP045
     # Dotted keys (with all below them) that are part of neither name nor identity.
-    ignore: List[str] = field(default_factory=lambda: ["cluster", "resume"])  # noqa: UP006
+    ignore: List[str] = field(default_factory=list)  # noqa: UP006
     # The key that tells repetitions of one setting apart; progress and tables pool over it.
     seed_key: str = "seed"
     # Also write the sweep's results (train_sweep_results.json) here.

@@ -238,16 +238,19 @@ def completed_by_fingerprint(root: Path) -> dict[str, Path]:
     return done
 
 
-def observed_state(record: RunRecord) -> RunState:
+def observed_state(record: RunRecord, run: RunDir | None = None) -> RunState:
     """The state as the machine shows it: RUNNING whose process is gone reads LOST.
 
+    While the run's directory is locked, if it is given, somebody is still at work on its end.
     A run of another host is taken at its word, since its processes cannot be seen here.
     """
     if record.state is not RunState.RUNNING or record.host != hostname() or record.pid is None:
         return record.state
     same_boot = record.boot_id == boot_id()
-    alive = same_boot and is_alive(record.pid, record.pid_started)
-    return RunState.RUNNING if alive else RunState.LOST
+    if same_boot and is_alive(record.pid, record.pid_started):
+        return RunState.RUNNING
+    at_work = run is not None and same_boot and RunLock.is_held(run)
+    return RunState.RUNNING if at_work else RunState.LOST
 
 
 def own_directory(path: Path, fingerprint: str) -> Path:
@@ -283,7 +286,9 @@ def _owner(path: Path, fingerprint: str) -> str | None:
     """The fingerprint that owns a directory; None where it is free."""
     run = RunDir(path)
     with contextlib.suppress(FileNotFoundError):
-        return read_bytes(run.claim).decode("ascii", "replace").strip()
+        # (Empty where whoever made it died just then: nobody's.)
+        if owner := read_bytes(run.claim).decode("ascii", "replace").strip():
+            return owner
     if not run.record.exists():
         return None
     record = run.try_read()
@@ -300,7 +305,8 @@ def _claim(path: Path, fingerprint: str) -> str | None:
     try:
         os.link(temporary, claim)
     except FileExistsError:
-        pass
+        if not read_bytes(claim).strip():
+            os.replace(temporary, claim)  # noqa: PTH105
     except OSError:  # no hard links here: the file appears at once, its content just after
         with contextlib.suppress(FileExistsError), claim.open("x", encoding="ascii") as file:
             file.write(fingerprint + "\n")
@@ -320,8 +326,12 @@ class RunLock:
 
     @classmethod
     def acquire(cls, run: RunDir) -> RunLock | None:
-        """Take the lock of a run directory that is owned; None where somebody holds it."""
-        descriptor = os.open(run.claim, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        """Take the lock of a run directory that is owned; None where somebody holds it.
+
+        Raises:
+            OSError: nobody owns the directory, see `own_directory`.
+        """
+        descriptor = os.open(run.claim, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -331,6 +341,16 @@ class RunLock:
             # No locks on this file system: ownership of the name is all there is.
             return cls(descriptor)
         return cls(descriptor)
+
+    @classmethod
+    def is_held(cls, run: RunDir) -> bool:
+        """Whether somebody works in a run directory now."""
+        with contextlib.suppress(OSError):
+            lock = cls.acquire(run)
+            if lock is None:
+                return True
+            lock.release()
+        return False
 
     def release(self) -> None:
         if self._descriptor >= 0:

@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import msgspec
 
 import orchestrator
 from orchestrator.processes import boot_id, hostname
-from orchestrator.record import RunRecord, RunState, Versions, to_plain
+from orchestrator.record import RunRecord, Versions, to_plain
 from orchestrator.store import SWEEPS, RunDir, tail, write_atomic
 
 if TYPE_CHECKING:
@@ -70,8 +72,32 @@ def program_words() -> list[str]:
 
 def rerun_command(overrides: Sequence[str], hydra_overrides: Sequence[str]) -> str:
     """The shell line that runs one run again, alone."""
-    mode = [word for word in hydra_overrides if not word.startswith("hydra.mode=")]
-    return shlex.join([*program_words(), "-m", *mode, *overrides])
+    chosen = [word for word in hydra_overrides if not word.startswith("hydra.mode=")]
+    return shlex.join([*program_words(), *_config_flags(), "-m", *chosen, *overrides])
+
+
+@lru_cache(maxsize=1)
+def _config_flags() -> tuple[str, ...]:
+    """Hydra's own flags that say which config this program was started with."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _not_hydras  # type: ignore[method-assign, assignment]
+    try:
+        known, _ = parser.parse_known_args(sys.argv[1:])
+    except (ValueError, SystemExit):
+        return ()
+    flags = ("config_path", "config_name", "config_dir")
+    return tuple(
+        word
+        for flag in flags
+        if getattr(known, flag, None)
+        for word in (f"--{flag.replace('_', '-')}", getattr(known, flag))
+    )
+
+
+def _not_hydras(message: str) -> None:
+    raise ValueError(message)
 
 
 @dataclass
@@ -88,6 +114,8 @@ class Sweep:
     started_at: float = field(default_factory=time.time)
     # In the order of the sweep; paths relative to the root where they lie below it.
     runs: dict[int, str] = field(default_factory=dict)
+    # How many runs came to which state, over all launches.
+    states: Counter[str] = field(default_factory=Counter)
     _partial_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -102,7 +130,13 @@ class Sweep:
     def add_run(self, index: int, directory: Path) -> None:
         self.runs[index] = os.path.relpath(directory, self.root)
 
-    def write(self, *, ended: bool = False, states: dict[str, int] | None = None) -> None:
+    def reopen(self) -> None:
+        """More runs are coming, from a sweeper with batches: the results are partial again."""
+        for target in self._targets():
+            with contextlib.suppress(FileNotFoundError):
+                target.replace(_partial(target))
+
+    def write(self, *, ended: bool = False) -> None:
         """Write ``sweep.json``: identity, axes, command line, versions, runs."""
         content = {
             "schema_version": 1,
@@ -117,7 +151,7 @@ class Sweep:
             "pid": os.getpid(),
             "started_at": self.started_at,
             "ended_at": time.time() if ended else None,
-            "states": states or {},
+            "states": dict(self.states),
             "versions": msgspec.to_builtins(self.versions),
             "runs": [self.runs[index] for index in sorted(self.runs)],
         }
@@ -143,16 +177,17 @@ class Sweep:
         Returns:
             The file that the user asked for, or the one in the sweep's directory.
         """
-        targets = [self.directory / RESULTS_NAME]
-        if self.results_file is not None:
-            targets.append(self.results_file)
         data = b"[\n" + b",\n".join(self._entries()) + b"\n]\n"
-        for target in targets:
-            partial = target.with_name(target.name + ".partial")
-            write_atomic(target if complete else partial, data)
+        for target in self._targets():
+            write_atomic(target if complete else _partial(target), data)
             if complete:
-                partial.unlink(missing_ok=True)
-        return targets[-1] if complete else targets[-1].with_name(targets[-1].name + ".partial")
+                _partial(target).unlink(missing_ok=True)
+        last = self._targets()[-1]
+        return last if complete else _partial(last)
+
+    def _targets(self) -> list[Path]:
+        own = self.directory / RESULTS_NAME
+        return [own] if self.results_file is None else [own, self.results_file]
 
     def _entries(self) -> Iterator[bytes]:
         for index in sorted(self.runs):
@@ -160,6 +195,10 @@ class Sweep:
             record = run.try_read()
             if record is not None and record.state.is_final:
                 yield msgspec.json.encode(results_entry(run, record))
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
 
 
 def results_entry(run: RunDir, record: RunRecord) -> dict[str, Any]:
@@ -198,10 +237,3 @@ def code_change(done: Iterable[Versions], now: Versions) -> str:
 
 def _short(versions: Versions) -> str:
     return versions.git_commit[:7] + ("+edits" if versions.git_dirty else "")
-
-
-def summary_counts(states: Iterable[RunState]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for state in states:
-        counts[state.value] = counts.get(state.value, 0) + 1
-    return counts

@@ -71,7 +71,7 @@ def test_values_that_differ_in_type_only_are_different_runs(values):
 
 def test_the_digest_never_changes_between_versions():
     assert (
-        fingerprint({"b": [1, 2.5, None], "a": {"x": True}}) == "f50b2c713b05db425376218aad544d42"
+        fingerprint({"b": [1, 2.5, None], "a": {"x": True}}) == "59a7afd2b4d1a7fc819b6c5484812220"
     )
 
 
@@ -127,11 +127,22 @@ def test_a_structured_config_has_an_identity_and_is_left_as_it_was():
 
 def test_who_a_run_is():
     config = OmegaConf.create({"lr": 0.1, "seed": 4, "cluster": {"x": 1}, "hydra": {"a": 1}})
-    who = identify(config, ["lr=0.1", "seed=4", "+cluster=cedar", "hydra.x=1"], ResultsSettings())
+    settings = ResultsSettings(ignore=["cluster"])
+    who = identify(config, ["lr=0.1", "seed=4", "+cluster=cedar", "hydra.x=1"], settings)
     assert who.name == "lr_0.1_seed_4"
     assert who.hyperparams == {"lr": 0.1, "seed": 4}
     assert who.seed == 4
     assert who.fingerprint == fingerprint({"lr": 0.1, "seed": 4})
+    assert identify(config, [], settings, "other_app").fingerprint != who.fingerprint
+
+
+def test_a_leaf_of_a_union_type_counts_by_its_value():
+    @dataclass
+    class Config:
+        x: int | str = 1
+
+    prints = {fingerprint(plain_task(OmegaConf.structured(Config(x)))) for x in (1, 2, "1")}
+    assert len(prints) == 3
 
 
 @pytest.mark.parametrize(
@@ -186,7 +197,7 @@ def test_the_resolver_owns_a_directory_only_while_a_job_is_set_up(tmp_path):
             "hydra": {
                 **_hydra(),
                 "overrides": {"task": ["lr=1"]},
-                "job": {"num": "???"},
+                "job": {"num": "???", "name": "app"},
                 "sweep": {"dir": str(tmp_path)},
             },
         }

@@ -21,7 +21,7 @@ from orchestrator import run as current_run
 from orchestrator.processes import start_time
 from orchestrator.queue.prctl import die_with_parent, flush_c_stdio
 from orchestrator.queue.wire import JobRequest, Outcome, pack
-from orchestrator.record import ErrorInfo, RunRecord, from_plain, to_plain
+from orchestrator.record import ErrorInfo, RunRecord, numbers_in, to_plain
 from orchestrator.store import RunDir
 
 if TYPE_CHECKING:
@@ -62,6 +62,13 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
     run.write(msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid)))
 
 
+class EndedBySignal(SystemExit):
+    """SIGTERM, from the keeper or from outside."""
+
+    def __str__(self) -> str:
+        return f"the process was asked to end by {signal.Signals(int(self.code or 0) - 128).name}"
+
+
 def install_sigterm_handler() -> None:
     """Turn SIGTERM into SystemExit, so that the task's ``finally`` blocks and exit handlers run.
 
@@ -70,7 +77,7 @@ def install_sigterm_handler() -> None:
     """
 
     def handle(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
+        raise EndedBySignal(128 + number)
 
     def back_to_default() -> None:
         if signal.getsignal(signal.SIGTERM) is handle:
@@ -246,13 +253,11 @@ def _completed(value: Any, logged: dict[str, float]) -> Outcome:
     except Exception as error:  # noqa: BLE001 - likewise
         pickled = pickle.dumps(plain)
         warning = f"the return value did not reach the sweeper, which gets {plain}: {error}"
-    returned = plain if isinstance(plain, dict) else {}
-    scalars = {k: v for k, v in from_plain(returned).items() if isinstance(v, (int, float))}
     return Outcome(
         completed=True,
         return_value=plain,
         value=pickled,
-        metrics={**logged, **scalars},
+        metrics={**logged, **numbers_in(plain)},
         warning=warning,
     )
 

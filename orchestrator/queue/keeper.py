@@ -87,7 +87,10 @@ def keep_jobs(
                     prepare(request)
             keeper = Keeper(request, launcher, server_alive, child_ended, orders.fileno())
             keeper.keep(body)
-        orders.send(b"\0")
+        try:
+            orders.send(b"\0")
+        except OSError:  # the server is dead
+            return
 
 
 class Keeper:
@@ -127,7 +130,8 @@ class Keeper:
                 lock.release()
         except OSError as error:  # the directory is gone, the disk is full, …
             info = ErrorInfo(type(error).__name__, f"the run could not be started: {error}")
-            self._send(Ended(self._request.record.advance(RunState.FAILED, error=info)))
+            record = self._request.record.advance(RunState.FAILED, error=info)
+            self._send(Ended(record, saved=not self._write(record)))
 
     def _keep_locked(self, body: JobBody) -> None:
         earlier = self._run.try_read()
@@ -145,11 +149,7 @@ class Keeper:
     def _set_aside(self, earlier: RunRecord | None) -> tuple[Attempt, ...]:
         """Keep an earlier attempt; a finished run that is done again starts from nothing."""
         self._run.set_aside(whole=earlier is not None and earlier.state is RunState.COMPLETED)
-        if earlier is None:
-            return ()
-        # Its lock was free: whatever its record says, nobody works on it any more.
-        state = earlier.state if earlier.state.is_final else RunState.LOST
-        return (*earlier.attempts, msgspec.structs.replace(earlier.as_attempt(), state=state))
+        return () if earlier is None else earlier.with_last_attempt()
 
     def _work(self, attempts: tuple[Attempt, ...], body: JobBody) -> tuple[RunRecord, JobTree]:
         """Fork the job and wait until it and all that it started are gone."""

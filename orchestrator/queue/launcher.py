@@ -105,7 +105,7 @@ class GpuQueue:
             planner=self._planner,
             sweep=sweep,
             slots=slots,
-            threads=self._settings.threads or max(1, cores() // slots.size),
+            threads=self._settings.threads or _threads(slots.size),
             progress=progress,
             make_server=self._start_server,
             server=self._server,
@@ -132,6 +132,8 @@ class GpuQueue:
                 axes=_axes(points),
                 results_file=None if results_file is None else Path(results_file).absolute(),
             )
+        else:
+            sweep.reopen()
         sweep.total += len(points)
         sweep.write()
         return sweep
@@ -146,7 +148,10 @@ class GpuQueue:
     def _finish(self, scheduler: Scheduler, context: Context, signals: StopSignals) -> None:
         progress, stopped = context.progress, bool(signals.received)
         states = {state.value: count for state, count in progress.states.items()}
-        results = self._write_results(context, states, complete=not stopped)
+        context.sweep.states.update(states)
+        if progress.skipped:
+            context.sweep.states["SKIPPED"] += progress.skipped
+        results = self._write_results(context.sweep, complete=not stopped)
         if progress.skipped:
             change = code_change(
                 (r.versions for r in scheduler.answered_by), context.sweep.versions
@@ -170,10 +175,10 @@ class GpuQueue:
         )
         raise SystemExit(128 + signals.received[0])
 
-    def _write_results(self, context: Context, states: dict[str, int], *, complete: bool) -> str:
+    def _write_results(self, sweep: Sweep, *, complete: bool) -> str:
         try:
-            path = context.sweep.write_results(complete=complete)
-            context.sweep.write(ended=True, states={**states, "SKIPPED": context.progress.skipped})
+            path = sweep.write_results(complete=complete)
+            sweep.write(ended=True)
         except OSError as error:
             return (
                 f"The sweep's results file could not be written ({error}); every run's own "
@@ -184,7 +189,7 @@ class GpuQueue:
     def _no_resume(self) -> str:
         # Our own app has a short name for it.
         short = self._config.get("resume") is not None
-        return "resume=false" if short else "hydra.callbacks.results.resume=false"
+        return "resume=false" if short else " ".join(self._planner.no_resume)
 
 
 def _first_point(arguments: Sequence[str]) -> list[str]:
@@ -216,6 +221,12 @@ def _to_preload(preload: Any, config: DictConfig) -> list[str]:
     if not preload:
         return []
     return [preload] if isinstance(preload, str) else [str(name) for name in preload]
+
+
+def _threads(slots: int) -> int:
+    """The threads of each job: what the user's environment says, else its share of the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) else max(1, cores() // slots)
 
 
 def _load_lazy_parts() -> None:

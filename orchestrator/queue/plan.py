@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Hydra's default, and ours: where these are to be found needs no composition.
 _NUMBERED_SUBDIR = "${hydra.job.num}"
+_RESUME = "hydra.callbacks.results.resume"
 _NAMED_SUBDIR = "${" + RESOLVER + ":sweep.dir}"
 
 
@@ -67,6 +68,7 @@ class Planner:
         # Packs jobs for fresh interpreters; None while jobs are forked.
         self.shipper: Shipper | None = None
         self._hydra_overrides = as_typed(config.hydra, "hydra")
+        self._app = str(config.hydra.job.name)
         self._subdir = _plain_subdir(config)
         self._named = self._subdir == _NAMED_SUBDIR
 
@@ -89,7 +91,7 @@ class Planner:
             Exception: Hydra's own, where the point cannot be composed.
             OSError: its directory cannot be made.
         """
-        who = identify(self._composer.task_config(overrides), overrides, self.results)
+        who = identify(self._composer.task_config(overrides), overrides, self.results, self._app)
         done = self._recorded(who)
         if done is not None:
             return Plan(index, num, tuple(overrides), who, done[0], done[1])
@@ -151,10 +153,15 @@ class Planner:
 
     def _command(self, overrides: Sequence[str]) -> str:
         words = self._hydra_overrides
-        if self.resume and "results" in (self._config.hydra.callbacks or {}):
-            key = "hydra.callbacks.results.resume"
-            words = (*(word for word in words if not word.startswith(key)), f"{key}=false")
+        if self.resume:
+            words = (*(word for word in words if not word.startswith(_RESUME)), *self.no_resume)
         return rerun_command(overrides, words)
+
+    @property
+    def no_resume(self) -> tuple[str, ...]:
+        """What to type for a run to be done again."""
+        configured = "results" in (self._config.hydra.callbacks or {})
+        return (*(() if configured else ("hydra/callbacks=results",)), f"{_RESUME}=false")
 
     def _payload(self, plan: Plan) -> bytes | None:
         if self.shipper is None:

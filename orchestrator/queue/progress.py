@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import sys
 import time
 from collections import Counter
@@ -34,13 +35,11 @@ class SettingsCount:
 
     def __init__(self, points: Sequence[Sequence[str]], seed_key: str) -> None:
         self._seed = tuple(f"{sign}{seed_key}=" for sign in ("", "+", "++"))
-        axes = getattr(points, "axes", None)
-        if axes is not None:
-            repeats = 1
-            for key, values in axes:
-                if key.lstrip("+") == seed_key:
-                    repeats *= max(len(values), 1)
-            self.total = -(-len(points) // repeats)
+        axes = getattr(points, "axes", ())
+        if axes and len(points) == math.prod(len(values) for _, values in axes):
+            # A whole grid: no need to look at each of its points.
+            repeats = math.prod(len(values) for key, values in axes if key.lstrip("+") == seed_key)
+            self.total = -(-len(points) // max(repeats, 1))
             self._left: Counter[tuple[str, ...]] | None = None
             self._repeats = repeats
         else:

@@ -177,6 +177,8 @@ class Scheduler:
             link = context.server.start(request)
         except OSError:
             self._restart_server()
+            # The new server may start jobs in another way, which needs other things.
+            request = context.planner.request(plan, slot, context.threads, context.sweep)
             link = context.server.start(request)
         self._jobs[plan.index] = _Job(plan, slot, link, request)
         self._selector.register(link, selectors.EVENT_READ, plan.index)
@@ -205,7 +207,7 @@ class Scheduler:
 
     def _patience(self) -> float | None:
         waits = [self._context.progress.interval()]
-        if self._later and self._exhausted:
+        if self._later and self._exhausted and self._next is None:
             waits.append(max(self._later[0][0] - self._context.clock(), 0.01))
         return min((wait for wait in waits if wait is not None), default=None)
 

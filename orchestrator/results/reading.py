@@ -130,7 +130,7 @@ def _read_into(reading: Reading, files: RunDir, directory: str) -> None:
         path = _text(str(files.record))
         reading.unreadable.append(Unreadable(directory, path, " ".join(reason.split())))
     else:
-        reading.runs.append(FoundRun(directory, files, record, observed_state(record)))
+        reading.runs.append(FoundRun(directory, files, record, observed_state(record, files)))
 
 
 def _text(path: str) -> str:
