@@ -15,18 +15,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from hydra.experimental.callback import Callback
 
 from orchestrator import run as current_run
 from orchestrator.identity import Identity, identify, read_settings
 from orchestrator.overrides import as_typed
 from orchestrator.processes import boot_id, hostname, own_identity
-from orchestrator.record import ErrorInfo, RunRecord, RunState, numbers_in, to_plain
+from orchestrator.record import Attempt, ErrorInfo, RunRecord, RunState, numbers_in, to_plain
 from orchestrator.run import ActiveRun
 from orchestrator.store import RunDir, RunLock, find_runs, own_directory
-from orchestrator.sweeps import Sweep, code_versions, rerun_command
+from orchestrator.sweeps import Sweep, code_directory, code_versions, rerun_command
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
@@ -87,7 +90,9 @@ class ResultsCallback(Callback):
         sweep.write(ended=True)
         sweep.write_results(complete=True)
 
-    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+    def on_job_start(
+        self, config: DictConfig, *, task_function: Callable[..., Any] | None = None, **_: Any
+    ) -> None:
         active = current_run.active()
         if active is not None and active.managed:
             return
@@ -99,9 +104,14 @@ class ResultsCallback(Callback):
         if self._lock is None:
             self._stay_out_of(run)
             return
+        # Hydra has written its files here already, so they stay; all else is as in the queue.
         earlier = run.try_read()
         run.set_aside(whole=False)
-        self._record = self._first_record(config, run, who, earlier)
+        attempts = earlier.with_last_attempt() if earlier else ()
+        self._record = self._first_record(config, run, who, attempts)
+        if task_function is not None:
+            versions = code_versions(code_directory(task_function))
+            self._record = msgspec.structs.replace(self._record, versions=versions)
         run.write(self._record)
         current_run.activate(ActiveRun(run))
         atexit.register(self._on_exit, os.getpid())
@@ -136,7 +146,7 @@ class ResultsCallback(Callback):
         return identify(config, as_typed(hydra), self._settings, hydra.job.name)
 
     def _first_record(
-        self, config: DictConfig, run: RunDir, who: Identity, earlier: RunRecord | None
+        self, config: DictConfig, run: RunDir, who: Identity, attempts: tuple[Attempt, ...]
     ) -> RunRecord:
         hydra, overrides = config.hydra, as_typed(config.hydra)
         pid, started = own_identity()
@@ -150,14 +160,13 @@ class ResultsCallback(Callback):
             fingerprint=who.fingerprint,
             seed=who.seed,
             state=RunState.RUNNING,
-            attempts=earlier.with_last_attempt() if earlier else (),
+            attempts=attempts,
             host=hostname(),
             boot_id=boot_id(),
             pid=pid,
             pid_started=started,
             started_at=time.time(),
             command=rerun_command(overrides, as_typed(hydra, "hydra")),
-            versions=code_versions(hydra.runtime.cwd),
         )
 
     def _finish(self, state: RunState, **changes: Any) -> None:

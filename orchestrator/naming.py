@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+=,@-]+")
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?$")
+# No name is longer, however it came about.
+_MAX_BYTES = 200
 _SUFFIX_BYTES = 9  # "-" and eight hexadecimal digits
 
 
@@ -30,15 +32,15 @@ def run_name(hyperparams: Mapping[str, Any], settings: NamingSettings, fingerpri
     labels = _default_labels(shown)
     parts = (_part(key, shown[key], labels[key], settings) for key in ordered)
     name = safe_file_name(settings.separator.join(part for part in parts if part))
-    if len(name) > settings.max_bytes:
-        room = max(settings.max_bytes - _SUFFIX_BYTES, 1)
+    if len(name) > min(settings.max_bytes, _MAX_BYTES):
+        room = max(min(settings.max_bytes, _MAX_BYTES) - _SUFFIX_BYTES, 1)
         name = with_suffix(safe_file_name(name[:room].rstrip("._-")), fingerprint)
     return name
 
 
 def with_suffix(name: str, fingerprint: str) -> str:
     """The name that a second run gets whose name is taken by another config."""
-    return f"{name}-{fingerprint[:8]}"
+    return f"{name[: _MAX_BYTES - _SUFFIX_BYTES]}-{fingerprint[:8]}"
 
 
 def safe_file_name(text: str) -> str:

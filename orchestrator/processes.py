@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,9 +23,11 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         pass
-    import psutil
-
-    return f"boot-{int(psutil.boot_time())}"
+    try:  # macOS; its boot *time* moves when the clock is set
+        words = ["sysctl", "-n", "kern.bootsessionuuid"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def start_time(pid: int) -> float | None:

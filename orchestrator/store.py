@@ -18,7 +18,15 @@ import msgspec
 
 from orchestrator.naming import with_suffix
 from orchestrator.processes import boot_id, hostname, is_alive
-from orchestrator.record import RecordError, RunRecord, RunState, decode, encode, from_plain
+from orchestrator.record import (
+    Attempt,
+    RecordError,
+    RunRecord,
+    RunState,
+    decode,
+    encode,
+    from_plain,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,12 +96,25 @@ class RunDir:
         """Replace the record atomically; a final state is on the disk before this returns."""
         write_atomic(self.record, encode(record), durable=record.state.is_final)
 
+    def begin_attempt(self) -> tuple[Attempt, ...]:
+        """Make room for another attempt; the caller holds the lock.
+
+        What the last one left moves to ``attempts/<n>/``. A finished run that is done again
+        starts in an empty directory; after a failure checkpoints and arrays stay where a
+        task that resumes will look for them.
+
+        Returns:
+            All attempts so far, for the new record.
+        """
+        earlier = self.try_read()
+        self.set_aside(whole=earlier is not None and earlier.state is RunState.COMPLETED)
+        return () if earlier is None else earlier.with_last_attempt()
+
     def set_aside(self, *, whole: bool) -> None:
         """Move the last attempt's record, logs and curve to ``attempts/<n>/``.
 
         Args:
-            whole: move everything, for a run that is done again from nothing. Otherwise
-                checkpoints and arrays stay where a task that resumes will look for them.
+            whole: move everything else, too.
         """
         names = (
             [entry.name for entry in os.scandir(self.path) if entry.name not in (CLAIM, ATTEMPTS)]
@@ -104,7 +125,8 @@ class RunDir:
             return
         self.attempts.mkdir(exist_ok=True)
         target = _next_number(self.attempts)
-        for name in names:
+        # The record last: whatever interrupts this, the run is never without one.
+        for name in sorted(names, key=lambda name: name == RECORD):
             shutil.move(self.path / name, target / name)
 
 
@@ -206,7 +228,8 @@ def last_metrics(run: RunDir) -> dict[str, float]:
     Reads at most the last 64 KB; lines that are not whole are passed over.
     """
     metrics: dict[str, float] = {}
-    for line in tail(run.metrics, _TAIL_BYTES).splitlines():
+    # The last line may be half a line, which can look like a whole number.
+    for line in tail(run.metrics, _TAIL_BYTES).rpartition(b"\n")[0].splitlines():
         with contextlib.suppress(msgspec.DecodeError):
             step = msgspec.json.decode(line)
             if isinstance(step, dict):
@@ -278,7 +301,7 @@ def planned_directory(path: Path, fingerprint: str) -> Path:
 
 def _candidates(path: Path, fingerprint: str) -> tuple[Path, ...]:
     # Eight digits may, once in four billion, be those of two runs.
-    names = (path.name, with_suffix(path.name, fingerprint), f"{path.name}-{fingerprint}")
+    names = (path.name, with_suffix(path.name, fingerprint), f"{path.name[:160]}-{fingerprint}")
     return tuple(path.with_name(name) for name in names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import platform
 import secrets
@@ -26,7 +27,7 @@ from orchestrator.record import RunRecord, Versions, to_plain
 from orchestrator.store import SWEEPS, RunDir, tail, write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 RESULTS_NAME = "train_sweep_results.json"
 # How much of each log a results file repeats.
@@ -46,6 +47,16 @@ def code_versions(directory: Path | str | None = None) -> Versions:
         git_commit=commit or "",
         git_dirty=None if dirty is None else bool(dirty),
     )
+
+
+def code_directory(function: Callable[..., Any]) -> Path | None:
+    """Where the code of a task lies; None (the current directory) where that says nothing."""
+    try:
+        file = Path(inspect.getfile(inspect.unwrap(function))).resolve()
+    except (TypeError, OSError):
+        return None
+    ours = Path(orchestrator.__file__).resolve().parent
+    return None if file.is_relative_to(ours) or not file.exists() else file.parent
 
 
 def _git(directory: Path | str | None, *words: str) -> str | None:
@@ -114,6 +125,8 @@ class Sweep:
     started_at: float = field(default_factory=time.time)
     # In the order of the sweep; paths relative to the root where they lie below it.
     runs: dict[int, str] = field(default_factory=dict)
+    # Runs that could not even be given a directory.
+    unstarted: list[RunRecord] = field(default_factory=list)
     # How many runs came to which state, over all launches.
     states: Counter[str] = field(default_factory=Counter)
     _partial_at: float = 0.0
@@ -129,6 +142,9 @@ class Sweep:
 
     def add_run(self, index: int, directory: Path) -> None:
         self.runs[index] = os.path.relpath(directory, self.root)
+
+    def add_unstarted(self, record: RunRecord) -> None:
+        self.unstarted.append(record)
 
     def reopen(self) -> None:
         """More runs are coming, from a sweeper with batches: the results are partial again."""
@@ -195,13 +211,15 @@ class Sweep:
             record = run.try_read()
             if record is not None and record.state.is_final:
                 yield msgspec.json.encode(results_entry(run, record))
+        for record in self.unstarted:
+            yield msgspec.json.encode(results_entry(None, record))
 
 
 def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def results_entry(run: RunDir, record: RunRecord) -> dict[str, Any]:
+def results_entry(run: RunDir | None, record: RunRecord) -> dict[str, Any]:
     """One run as `train_sweep.py` writes it, with its state and directory beside that."""
     entry = {
         "model_name": record.model_name,
@@ -210,13 +228,13 @@ def results_entry(run: RunDir, record: RunRecord) -> dict[str, Any]:
         "returncode": record.returncode,
         "duration_seconds": record.duration_seconds,
         "gpu_id": record.gpu_id,
-        "stdout": _text_tail(run.stdout),
-        "stderr": _text_tail(run.stderr),
+        "stdout": _text_tail(run.stdout) if run else "",
+        "stderr": _text_tail(run.stderr) if run else "",
         "state": record.state.value,
         "return_value": record.return_value,
         "metrics": record.metrics,
         "error": None if record.error is None else msgspec.to_builtins(record.error),
-        "directory": str(run.path),
+        "directory": str(run.path) if run else None,
     }
     plain: dict[str, Any] = to_plain(entry)
     return plain

@@ -36,7 +36,7 @@ from orchestrator.queue.wire import (
     receive_with_fd,
     unpack,
 )
-from orchestrator.record import Attempt, ErrorInfo, RunRecord, RunState
+from orchestrator.record import ErrorInfo, RunRecord, RunState
 from orchestrator.store import RunDir, RunLock, last_metrics
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ class Keeper:
         self._child_ended = child_ended
         # What a job must not inherit: others would not see them end.
         self._own = (launcher.fileno(), server_alive, child_ended, orders)
+        # Still PENDING; it says so on the disk from the moment the directory is ours.
+        self._record = request.record
         self._reason: Reason | None = None
         self._told_to_stop = False
         self._outcome: Outcome | None = None
@@ -119,7 +121,7 @@ class Keeper:
     def keep(self, body: JobBody) -> None:
         """Run the job to its end and record it; answer only, if it is done or being done."""
         try:
-            # The job inherits the lock: it is held until the last of both has ended.
+            # A forked job inherits the lock: it is held until the last of both has ended.
             lock = RunLock.acquire(self._run)
             if lock is None:
                 self._send(Busy())
@@ -130,7 +132,7 @@ class Keeper:
                 lock.release()
         except OSError as error:  # the directory is gone, the disk is full, …
             info = ErrorInfo(type(error).__name__, f"the run could not be started: {error}")
-            record = self._request.record.advance(RunState.FAILED, error=info)
+            record = self._record.advance(RunState.FAILED, error=info)
             self._send(Ended(record, saved=not self._write(record)))
 
     def _keep_locked(self, body: JobBody) -> None:
@@ -138,39 +140,35 @@ class Keeper:
         if earlier is not None and self._request.resume and self._is_done(earlier):
             self._send(Ended(earlier, skipped=True))
             return
-        record, tree = self._work(self._set_aside(earlier), body)
+        attempts = self._run.begin_attempt()
+        self._record = msgspec.structs.replace(self._record, attempts=attempts)
+        self._run.write(self._record)
+        record, tree = self._work(body)
         self._send(Exited())
         self._finish(record, tree.returncode or 0)
 
     def _is_done(self, earlier: RunRecord) -> bool:
-        same = earlier.fingerprint == self._request.record.fingerprint
+        same = earlier.fingerprint == self._record.fingerprint
         return same and earlier.state is RunState.COMPLETED
 
-    def _set_aside(self, earlier: RunRecord | None) -> tuple[Attempt, ...]:
-        """Keep an earlier attempt; a finished run that is done again starts from nothing."""
-        self._run.set_aside(whole=earlier is not None and earlier.state is RunState.COMPLETED)
-        return () if earlier is None else earlier.with_last_attempt()
-
-    def _work(self, attempts: tuple[Attempt, ...], body: JobBody) -> tuple[RunRecord, JobTree]:
+    def _work(self, body: JobBody) -> tuple[RunRecord, JobTree]:
         """Fork the job and wait until it and all that it started are gone."""
         outcome_fd, job_outcome_fd = os.pipe()
-        record = self._request.record.advance(
+        record = self._record.advance(
             RunState.RUNNING,
-            attempts=attempts,
             host=hostname(),
             boot_id=boot_id(),
             started_at=time.time(),
         )
         pid = os.fork()
         if pid == 0:
-            signal.set_wakeup_fd(-1)
-            for descriptor in (outcome_fd, *self._own):
+            for descriptor in (outcome_fd, signal.set_wakeup_fd(-1), *self._own):
                 os.close(descriptor)
             body(self._request, record, job_outcome_fd)
         os.close(job_outcome_fd)
         tree = JobTree(pid, self._request.kill_grace_s)
         record = msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid))
-        self._send(Started(pid, record.started_at or 0.0))
+        self._send(Started(pid, record.pid_started))
         self._watch(tree, outcome_fd)
         os.close(outcome_fd)
         return record, tree
@@ -193,17 +191,19 @@ class Keeper:
                 patience = tree.enforce()
                 if patience is None and deadline is not None:
                     patience = max(deadline - time.monotonic(), 0.0)
-                for key, _ in selector.select(patience):
-                    if key.fd == outcome_fd:
-                        self._take_outcome(outcome)
-                        if outcome.closed:
-                            selector.unregister(outcome_fd)
-                    elif key.fd == self._child_ended:
-                        os.read(self._child_ended, 4096)
-                    else:
-                        self._take_orders(key.fd, tree)
-                        if key.fd == self._server_alive or self._commands.closed:
-                            selector.unregister(key.fd)
+                ready = {key.fd for key, _ in selector.select(patience)}
+                if outcome_fd in ready:
+                    self._take_outcome(outcome)
+                    if outcome.closed:
+                        selector.unregister(outcome_fd)
+                if self._child_ended in ready:
+                    os.read(self._child_ended, 4096)
+                # Before any order: a job that has ended is not ended by it.
+                tree.reap()
+                for descriptor in ready & {self._launcher.fileno(), self._server_alive}:
+                    self._take_orders(descriptor, tree)
+                    if descriptor == self._server_alive or self._commands.closed:
+                        selector.unregister(descriptor)
                 if deadline is not None and time.monotonic() >= deadline:
                     self._end(tree, Reason.TIMEOUT)
                     deadline = None

@@ -25,7 +25,7 @@ from orchestrator.sweep.compose import Composer
 from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import SweepError
 from orchestrator.sweep.points import Points
-from orchestrator.sweeps import Sweep, code_change
+from orchestrator.sweeps import Sweep, code_change, code_directory, code_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -130,6 +130,7 @@ class GpuQueue:
                 self._planner.sweep_dir,
                 overrides=as_typed(self._config.hydra),
                 axes=_axes(points),
+                versions=code_versions(code_directory(self._task.function)),
                 results_file=None if results_file is None else Path(results_file).absolute(),
             )
         else:
@@ -153,9 +154,7 @@ class GpuQueue:
             context.sweep.states["SKIPPED"] += progress.skipped
         results = self._write_results(context.sweep, complete=not stopped)
         if progress.skipped:
-            change = code_change(
-                (r.versions for r in scheduler.answered_by), context.sweep.versions
-            )
+            change = code_change(scheduler.answered_by, context.sweep.versions)
             notes = "; ".join(filter(None, (change, f"run again with {self._no_resume()}")))
             progress.say(f"{progress.skipped} of {progress.total} done already; {notes}")
         if not stopped:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import selectors
+import signal
 import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from orchestrator.processes import is_alive
 from orchestrator.queue.returns import QueueJobReturn
 from orchestrator.queue.wire import Busy, Ended, Exited, Started
-from orchestrator.record import ErrorInfo, RunRecord, RunState
-from orchestrator.store import RunDir
+from orchestrator.record import ErrorInfo, RunRecord, RunState, Versions
+from orchestrator.store import RunDir, RunLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
 # How long after a run was seen in another launcher's hands it is looked at again.
 _BUSY_INTERVAL_S = 0.5
 _MAX_SERVER_DEATHS = 3
+# How many points in a row may be answered without a look at jobs and signals.
+_POINTS_AT_A_TIME = 100
+_LAST_WAIT_S = 10.0
 
 
 @dataclass
@@ -40,6 +48,7 @@ class _Job:
     link: JobLink
     request: JobRequest
     pid: int | None = None
+    pid_started: float | None = None
     answered: bool = False
 
 
@@ -85,12 +94,13 @@ class Scheduler:
         self._next: Plan | None = None
         # Runs that are in another launcher's hands, and when to look at them again.
         self._later: deque[tuple[float, Plan]] = deque()
-        # Runs that an earlier point of this sweep, by its index, is doing.
-        self._repeats: list[tuple[int, Plan]] = []
+        # By the index of the point that is doing them: points that ask for the same run.
+        self._repeats: dict[int, list[Plan]] = {}
         self._first_in: dict[str, int] = {}
         self._server_deaths = 0
         self.returns: list[QueueJobReturn | None] = [None] * len(points)
-        self.answered_by: list[RunRecord] = []
+        # What the code was when the runs that answer were done.
+        self.answered_by: set[Versions] = set()
         # Runs whose final record is not on the disk.
         self.unsaved = 0
 
@@ -133,11 +143,16 @@ class Scheduler:
         if self._next is not None:
             waiting, self._next = self._next, None
             return waiting
-        while (point := next(self._coming, None)) is not None:
+        for _ in range(_POINTS_AT_A_TIME):
+            point = next(self._coming, None)
+            if point is None:
+                self._exhausted = True
+                break
             plan = self._plan(*point)
             if plan is not None:
                 return plan
-        self._exhausted = True
+        if not self._exhausted:
+            return None
         if self._later and self._later[0][0] <= self._context.clock():
             return self._later.popleft()[1]
         return None
@@ -154,8 +169,9 @@ class Scheduler:
             return None
         first = self._first_in.setdefault(str(plan.directory), index)
         if first != index:
-            self._repeats.append((first, plan))
-            self._answer_repeats()
+            self._repeats.setdefault(first, []).append(plan)
+            if self.returns[first] is not None:
+                self._answer_repeats(first)
             return None
         self._context.sweep.add_run(num, plan.directory)
         return plan
@@ -166,8 +182,15 @@ class Scheduler:
         result = QueueJobReturn(self._context.composer, overrides, num, "")
         result.fail(error)
         self.returns[index] = result
-        info = ErrorInfo(type(error).__name__, str(error))
-        record = RunRecord(model_name=" ".join(overrides), state=RunState.FAILED, error=info)
+        record = RunRecord(
+            model_name=" ".join(overrides),
+            sweep_id=self._context.sweep.sweep_id,
+            index=num,
+            overrides=tuple(overrides),
+            state=RunState.FAILED,
+            error=ErrorInfo.of(error),
+        )
+        self._context.sweep.add_unstarted(record)
         self._context.progress.end(index, overrides, record, "")
 
     def _start(self, plan: Plan, slot: Slot) -> None:
@@ -206,6 +229,8 @@ class Scheduler:
         self._context.progress.tick()
 
     def _patience(self) -> float | None:
+        if not self._exhausted and self._next is None:
+            return 0.0  # many points were answered: look up for a moment, then go on
         waits = [self._context.progress.interval()]
         if self._later and self._exhausted and self._next is None:
             waits.append(max(self._later[0][0] - self._context.clock(), 0.01))
@@ -224,7 +249,7 @@ class Scheduler:
 
     def _take(self, job: _Job, message: Any) -> None:
         if isinstance(message, Started):
-            job.pid = message.pid
+            job.pid, job.pid_started = message.pid, message.pid_started
         elif isinstance(message, Exited):
             # The next job starts before this one's record is written.
             self._release(job)
@@ -252,24 +277,21 @@ class Scheduler:
             self._context.composer, plan.overrides, plan.num, str(plan.directory)
         )
         self.returns[plan.index] = result
-        if self._repeats:
-            self._answer_repeats()
+        self._answer_repeats(plan.index)
         return result
 
     def _answer(self, plan: Plan, record: RunRecord) -> None:
         """A finished run answers; nothing is started."""
         self._context.sweep.add_run(plan.num, plan.directory)
         self._result(plan).take(record, None)
-        self.answered_by.append(record)
+        self.answered_by.add(record.versions)
         self._context.progress.skip(plan.overrides)
 
-    def _answer_repeats(self) -> None:
+    def _answer_repeats(self, first: int) -> None:
         """The same run was asked for twice in one sweep: it is run once and answers both."""
-        for first, plan in self._repeats:
-            if self.returns[first] is not None:
-                self.returns[plan.index] = self.returns[first]
-                self._context.progress.repeat(plan.overrides)
-        self._repeats = [(i, plan) for i, plan in self._repeats if self.returns[i] is None]
+        for plan in self._repeats.pop(first, ()):
+            self.returns[plan.index] = self.returns[first]
+            self._context.progress.repeat(plan.overrides)
 
     def _end(self, job: _Job, message: Ended) -> None:
         if message.skipped:
@@ -287,20 +309,55 @@ class Scheduler:
 
     def _bury(self, job: _Job) -> None:
         """The keeper was killed: nobody else will write this run's final record."""
-        while job.pid is not None and is_alive(job.pid, None):
-            time.sleep(0.01)  # it dies with its keeper
-        run, asked = RunDir(job.plan.directory), job.request.record
-        record = run.try_read()
-        this_run = record is not None and (record.sweep_id, record.index) == (
-            asked.sweep_id,
-            asked.index,
-        )
-        if record is not None and this_run and record.state.is_final:
-            self._end(job, Ended(record))  # the keeper was killed after its work
-            return
-        if record is None or not this_run:
-            record = asked
+        asked, run = job.request.record, RunDir(job.plan.directory)
+        self._end_with_keeper(job)
         error = ErrorInfo("KeeperDied", "the process that looked after the run was killed")
-        record = record.advance(RunState.LOST, ended_at=time.time(), error=error)
-        run.write(record)
-        self._end(job, Ended(record))
+        lost = asked.advance(RunState.LOST, ended_at=time.time(), error=error)
+        try:
+            lock = _lock_after_death(run, asked)
+            if lock is None:  # another launcher was faster
+                self._later.append((self._context.clock() + _BUSY_INTERVAL_S, job.plan))
+                return
+            try:
+                self._end(job, Ended(_last_word(run, asked, lost)))
+            finally:
+                lock.release()
+        except OSError as failure:
+            self._end(job, Ended(lost, None, f"no record could be written: {failure}", saved=False))
+
+    def _end_with_keeper(self, job: _Job) -> None:
+        """See that the job is dead, which on Linux the kernel has seen to already."""
+        give_up = time.monotonic() + _LAST_WAIT_S
+        while job.pid is not None and is_alive(job.pid, job.pid_started):
+            if time.monotonic() > give_up:
+                return
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(job.pid, signal.SIGKILL)  # it leads a group of its own
+            time.sleep(0.01)
+
+
+def _lock_after_death(run: RunDir, asked: RunRecord) -> RunLock | None:
+    """The lock of a run whose keeper is dead; what the job left behind may hold it a moment more."""
+    give_up = time.monotonic() + _LAST_WAIT_S
+    while (lock := RunLock.acquire(run)) is None:
+        record = run.try_read()
+        if record is None or record.sweep_id != asked.sweep_id or time.monotonic() > give_up:
+            return None
+        time.sleep(0.01)
+    return lock
+
+
+def _last_word(run: RunDir, asked: RunRecord, lost: RunRecord) -> RunRecord:
+    """The final record of a run whose keeper is dead, written if the keeper had not."""
+    record = run.try_read()
+    ours = record is not None and (record.sweep_id, record.index) == (asked.sweep_id, asked.index)
+    if record is None or not ours:
+        # It died before it had begun.
+        attempts = run.begin_attempt()
+        final = msgspec.structs.replace(lost, attempts=attempts)
+    elif record.state.is_final:
+        return record
+    else:
+        final = record.advance(RunState.LOST, ended_at=lost.ended_at, error=lost.error)
+    run.write(final)
+    return final

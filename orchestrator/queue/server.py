@@ -114,7 +114,7 @@ class _Server:
     def _become_keeper(self, orders: socket.socket, server_end: socket.socket) -> None:
         status = 1
         try:
-            signal.set_wakeup_fd(-1)
+            os.close(signal.set_wakeup_fd(-1))
             self._selector.close()
             # Held here, they would keep others from seeing that this server has ended.
             others = [keeper.orders for keeper in self._keepers.values()]

@@ -1,7 +1,7 @@
 """What launcher, job server, keeper and job say to each other.
 
-All four are processes of one sweep on one machine, connected by socket pairs that nobody
-else can reach; nothing of this is ever written to a file.
+All four are processes of one sweep on one machine, connected by socket pairs (and, for a
+fresh interpreter, a file without a name) that nobody else can reach. Nothing of this is kept.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Started:
     """Keeper to launcher: the job runs."""
 
     pid: int
-    started_at: float
+    pid_started: float | None
 
 
 @dataclass(frozen=True)
