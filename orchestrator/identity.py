@@ -16,13 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 from orchestrator.errors import OrchestratorError
 from orchestrator.naming import run_name
 from orchestrator.overrides import as_typed, hyperparams
-from orchestrator.settings import NamingSettings, ResultsSettings
+from orchestrator.settings import RUN_NAME_RESOLVER, NamingSettings, ResultsSettings
 from orchestrator.store import own_directory, planned_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-RESOLVER = "orchestrator.run_name"
 
 
 @dataclass(frozen=True)
@@ -156,6 +154,6 @@ def name_in_config(below: str, *, _root_: DictConfig) -> str:
     choose = planned_directory if OmegaConf.is_missing(hydra.job, "num") else own_directory
     parent = OmegaConf.select(hydra, below)
     if parent is None:
-        msg = f"${{{RESOLVER}:{below}}}: hydra.{below} is not set; expected the runs' parent directory"
+        msg = f"${{{RUN_NAME_RESOLVER}:{below}}}: hydra.{below} is not set; expected the runs' parent directory"
         raise OrchestratorError(msg)
     return choose(Path(str(parent)) / who.name, who.fingerprint).name

@@ -130,6 +130,7 @@ class Sweep:
     # How many runs came to which state, over all launches.
     states: Counter[str] = field(default_factory=Counter)
     _partial_at: float = 0.0
+    _affordable_at: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.sweep_id:
@@ -176,13 +177,15 @@ class Sweep:
 
     def write_partial_now_and_then(self) -> None:
         """Keep ``train_sweep_results.json.partial`` roughly up to date while runs end."""
-        if time.monotonic() >= self._partial_at:
-            began = time.monotonic()
-            # The runs' own records hold everything: a full disk need not end the sweep here.
-            with contextlib.suppress(OSError):
+        # The runs' own records hold everything: a full disk need not end the sweep here.
+        with contextlib.suppress(OSError):
+            if time.monotonic() >= self._partial_at:
                 self.write_results(complete=False)
-            took = time.monotonic() - began
-            self._partial_at = time.monotonic() + max(_PARTIAL_INTERVAL_S, took / _PARTIAL_SHARE)
+                self._partial_at = max(self._partial_at, time.monotonic() + _PARTIAL_INTERVAL_S)
+
+    def is_cheap_to_write(self) -> bool:
+        """Whether writing the results again now keeps to its small share of the time."""
+        return time.monotonic() >= self._affordable_at
 
     def write_results(self, *, complete: bool) -> Path:
         """Write the results in the format of ``train_sweep.py``, from the records on the disk.
@@ -193,11 +196,14 @@ class Sweep:
         Returns:
             The file that the user asked for, or the one in the sweep's directory.
         """
+        began = time.monotonic()
         data = b"[\n" + b",\n".join(self._entries()) + b"\n]\n"
         for target in self._targets():
             write_atomic(target if complete else _partial(target), data)
             if complete:
                 _partial(target).unlink(missing_ok=True)
+        took = time.monotonic() - began
+        self._affordable_at = self._partial_at = time.monotonic() + took / _PARTIAL_SHARE
         last = self._targets()[-1]
         return last if complete else _partial(last)
 

@@ -45,5 +45,5 @@ class GridSweeper(Sweeper):
 
 
 ConfigStore.instance().store(
-    group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="hydra_orchestrator"
+    group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="orchestrator"
 )

@@ -10,9 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from orchestrator.settings import ResultsSettings
-
-RESOLVER = "orchestrator.run_name"
+from orchestrator.settings import RUN_NAME_RESOLVER, ResultsSettings
 
 
 def _run_name(below: str, *, _root_: Any) -> str:
@@ -21,7 +19,7 @@ def _run_name(below: str, *, _root_: Any) -> str:
     return name_in_config(below, _root_=_root_)
 
 
-OmegaConf.register_new_resolver(RESOLVER, _run_name, replace=True)
+OmegaConf.register_new_resolver(RUN_NAME_RESOLVER, _run_name, replace=True)
 
 ConfigStore.instance().store(
     # Hydra keeps callbacks in a mapping by name.

@@ -62,7 +62,7 @@ def choose_gpus(wanted: Any, found: Sequence[Gpu], mask: str | None = None) -> l
         return allowed
     if isinstance(wanted, (str, int)):
         wanted = [wanted]
-    return [_find(item, found, allowed) for item in wanted]
+    return list(dict.fromkeys(_find(item, found, allowed) for item in wanted))
 
 
 def _allowed(found: Sequence[Gpu], mask: str) -> list[Gpu]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Load = Callable[[], Callable[[], JobReturn]]
 
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -56,7 +56,7 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    for name in _THREAD_VARIABLES:
+    for name in THREAD_VARIABLES:
         os.environ.setdefault(name, str(request.threads))
     pid = os.getpid()
     run.write(msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid)))

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from orchestrator.overrides import as_typed, parse_override
 from orchestrator.processes import boot_id, hostname
+from orchestrator.queue.job import THREAD_VARIABLES
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
 from orchestrator.queue.plan import Planner
 from orchestrator.queue.progress import SettingsCount, make_progress
@@ -59,6 +61,8 @@ class GpuQueue:
         _load_lazy_parts()
         self._planner = Planner(self.composer, config, settings)
         self._sweep: Sweep | None = None
+        self._launches = 0
+        self._last_results: weakref.finalize[..., GpuQueue] | None = None
         # Before a sweeper computes, a thread starts or NVML is touched.
         self._server = self._start_server()
         self._told = False
@@ -126,6 +130,8 @@ class GpuQueue:
         if sweep is None:
             results_file = self._planner.results.results_file
             make_writable(self._planner.sweep_dir)
+            if results_file is not None:
+                make_writable(Path(results_file).absolute().parent, "results_file=PATH")
             sweep = self._sweep = Sweep(
                 self._planner.sweep_dir,
                 overrides=as_typed(self._config.hydra),
@@ -135,6 +141,7 @@ class GpuQueue:
             )
         else:
             sweep.reopen()
+        self._launches += 1
         sweep.total += len(points)
         sweep.write()
         return sweep
@@ -152,7 +159,7 @@ class GpuQueue:
         context.sweep.states.update(states)
         if progress.skipped:
             context.sweep.states["SKIPPED"] += progress.skipped
-        results = self._write_results(context.sweep, complete=not stopped)
+        results, written = self._write_results(context.sweep, complete=not stopped)
         if progress.skipped:
             change = code_change(scheduler.answered_by, context.sweep.versions)
             notes = "; ".join(filter(None, (change, f"run again with {self._no_resume()}")))
@@ -160,10 +167,10 @@ class GpuQueue:
         if not stopped:
             counts = ", ".join(f"{n} {state.lower()}" for state, n in sorted(states.items()))
             progress.say(f"All runs ended ({counts or 'nothing was left to run'}). {results}")
-            if scheduler.unsaved:
+            if scheduler.unsaved or not written:
                 msg = (
-                    f"The records of {scheduler.unsaved} runs are not on the disk (see above). "
-                    "Make room, then run the same command again."
+                    f"The records of {scheduler.unsaved} runs or the results file are not on the "
+                    "disk (see above). Make room, then run the same command again."
                 )
                 raise SweepError(msg)
             return
@@ -174,20 +181,27 @@ class GpuQueue:
         )
         raise SystemExit(128 + signals.received[0])
 
-    def _write_results(self, sweep: Sweep, *, complete: bool) -> str:
+    def _write_results(self, sweep: Sweep, *, complete: bool) -> tuple[str, bool]:
+        if complete and self._launches > 1 and not sweep.is_cheap_to_write():
+            # Sweepers that launch a few runs at a time would write all of them each time.
+            self._last_results = self._last_results or weakref.finalize(
+                self, sweep.write_results, complete=True
+            )
+            return "", True
         try:
             path = sweep.write_results(complete=complete)
             sweep.write(ended=True)
         except OSError as error:
-            return (
+            text = (
                 f"The sweep's results file could not be written ({error}); every run's own "
                 "record has its part, and orchestrator-aggregate merges them."
             )
-        return f"Results: {path}" if complete else f"Results so far: {path}."
+            return text, False
+        return f"Results: {path}" if complete else f"Results so far: {path}.", True
 
     def _no_resume(self) -> str:
         # Our own app has a short name for it.
-        short = self._config.get("resume") is not None
+        short = "resume" in self._config and "resume" in self._planner.results.ignore
         return "resume=false" if short else " ".join(self._planner.no_resume)
 
 
@@ -224,8 +238,11 @@ def _to_preload(preload: Any, config: DictConfig) -> list[str]:
 
 def _threads(slots: int) -> int:
     """The threads of each job: what the user's environment says, else its share of the cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdecimal() and int(said) else max(1, cores() // slots)
+    for name in THREAD_VARIABLES:
+        said = os.environ.get(name, "").split(",")[0].strip()
+        if said.isdecimal() and int(said):
+            return int(said)
+    return max(1, cores() // slots)
 
 
 def _load_lazy_parts() -> None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from orchestrator.identity import RESOLVER, Identity, identify, results_settings
+from orchestrator.identity import Identity, identify, results_settings
 from orchestrator.overrides import as_typed
 from orchestrator.queue.task import number_job, output_dir
 from orchestrator.queue.wire import JobRequest
 from orchestrator.record import RunRecord, RunState
+from orchestrator.settings import RUN_NAME_RESOLVER
 from orchestrator.store import RunDir, completed_by_fingerprint, own_directory
 from orchestrator.sweeps import rerun_command
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # Hydra's default, and ours: where these are to be found needs no composition.
 _NUMBERED_SUBDIR = "${hydra.job.num}"
 _RESUME = "hydra.callbacks.results.resume"
-_NAMED_SUBDIR = "${" + RESOLVER + ":sweep.dir}"
+_NAMED_SUBDIR = "${" + RUN_NAME_RESOLVER + ":sweep.dir}"
 
 
 @dataclass(frozen=True)

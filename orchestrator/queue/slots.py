@@ -66,11 +66,7 @@ def make_slots(settings: GpuQueueSettings) -> tuple[Slots, str]:
     Raises:
         SweepError: a limit is below one, or a GPU is not to be had.
     """
-    for name in ("max_processes", "max_processes_per_gpu"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            msg = f"hydra.launcher.{name} is {value}; expected at least 1."
-            raise SweepError(msg)
+    _check(settings)
     gpus, why_none = _usable_gpus(settings)
     if not gpus:
         size = settings.max_processes or cores()
@@ -79,6 +75,20 @@ def make_slots(settings: GpuQueueSettings) -> tuple[Slots, str]:
     names = ", ".join(f"{gpu.index} ({gpu.name} {gpu.uuid})" for gpu in gpus)
     size = min(room, settings.max_processes or room)
     return Slots(gpus, settings.max_processes_per_gpu, size), f"GPUs {names}"
+
+
+def _check(settings: GpuQueueSettings) -> None:
+    for name in ("max_processes", "max_processes_per_gpu", "threads"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            msg = f"hydra.launcher.{name} is {value}; expected at least 1."
+            raise SweepError(msg)
+    if settings.timeout_s is not None and settings.timeout_s <= 0:
+        msg = f"hydra.launcher.timeout_s is {settings.timeout_s}; expected seconds, or null."
+        raise SweepError(msg)
+    if settings.kill_grace_s < 0:
+        msg = f"hydra.launcher.kill_grace_s is {settings.kill_grace_s}; expected 0 or more."
+        raise SweepError(msg)
 
 
 def _usable_gpus(settings: GpuQueueSettings) -> tuple[list[Gpu], str]:

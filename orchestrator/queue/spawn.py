@@ -6,15 +6,18 @@ does for spawned processes; only a task that cannot be found again by name is pi
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.queue.job import (
     give_up,
     install_sigterm_handler,
@@ -24,7 +27,7 @@ from orchestrator.queue.job import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
@@ -180,7 +183,8 @@ def _unpack(stream: Any) -> tuple[Task, DictConfig]:
 
     from orchestrator.queue.task import Task
 
-    prepare(pickle.load(stream))  # noqa: S301
+    with _no_second_sweep():
+        prepare(pickle.load(stream))  # noqa: S301
     common = pickle.loads(pickle.load(stream))  # noqa: S301
     setup_globals()
     setbase(common["version_base"])
@@ -191,6 +195,27 @@ def _unpack(stream: Any) -> tuple[Task, DictConfig]:
         function = _find_in_main(function)
     config = pickle.loads(pickle.load(stream))  # noqa: S301
     return Task(function, common["callbacks"]), config
+
+
+@contextmanager
+def _no_second_sweep() -> Iterator[None]:
+    """While the app's script is imported again, it must not start the app again."""
+    hydra_main: Any = importlib.import_module("hydra.main")
+    original = hydra_main._run_hydra  # noqa: SLF001
+
+    def refuse(*_: Any, **__: Any) -> None:
+        msg = (
+            "The script starts Hydra when it is imported, and a fresh interpreter has to import "
+            "it. Write the call of main() below `if __name__ == '__main__':`, or start jobs by "
+            "fork (hydra.launcher.start_method=fork) where that is safe."
+        )
+        raise OrchestratorError(msg)
+
+    hydra_main._run_hydra = refuse  # noqa: SLF001
+    try:
+        yield
+    finally:
+        hydra_main._run_hydra = original  # noqa: SLF001
 
 
 def _restore_resolvers(resolvers: dict[str, bytes]) -> None:

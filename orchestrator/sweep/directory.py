@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def make_writable(path: Path) -> None:
-    """Make a sweep's directory, and find out now rather than at the first run's end if it works.
+def make_writable(path: Path, setting: str = "hydra.sweep.dir=PATH") -> None:
+    """Make a directory, and find out now rather than at the first run's end if it works.
+
+    Args:
+        path: the directory.
+        setting: what to type for another.
 
     Raises:
         SweepError: it cannot be made, or not be written in.
@@ -25,6 +29,6 @@ def make_writable(path: Path) -> None:
     except OSError as error:
         msg = (
             f"The outputs directory {path} cannot be written ({error.strerror}). "
-            "Choose another with hydra.sweep.dir=PATH."
+            f"Choose another with {setting}."
         )
         raise SweepError(msg) from error
