@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -324,3 +325,100 @@ def test_threads_may_write_the_same_file_at_once(tmp_path):
     path = tmp_path / "file"
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: write_atomic(path, b"x" * 100_000), range(400)))
+
+
+def test_what_interrupts_setting_aside_leaves_the_record_where_it_was(tmp_path, monkeypatch):
+    run = RunDir(own_directory(tmp_path / "name", A))
+    run.write(_record(returncode=7))
+    for path in (run.stdout, run.stderr, run.metrics, run.path / "zz"):
+        path.touch()
+    moved, move = [], shutil.move
+
+    def move_some(source, target):
+        if Path(source) == run.record:
+            raise KeyboardInterrupt
+        moved.append(Path(source).name)
+        return move(source, target)
+
+    for whole in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "move", move_some)
+            with pytest.raises(KeyboardInterrupt):
+                run.set_aside(whole=whole)
+        assert run.read().returncode == 7
+    assert sorted(moved) == ["metrics.jsonl", "train_stderr.log", "train_stdout.log", "zz"]
+    run.set_aside(whole=True)
+    assert _names(run.path) == [".claim", "attempts"]
+
+
+@pytest.mark.parametrize("state", RunState)
+def test_another_attempt_begins_and_the_last_one_is_told(tmp_path, state):
+    run = RunDir(own_directory(tmp_path / "name", A))
+    assert run.begin_attempt() == ()
+    assert not run.attempts.exists()
+    for number in range(2):
+        run.write(_record(state=state, returncode=number, attempts=run.begin_attempt()))
+        (run.path / "checkpoint").touch()
+    attempts = run.begin_attempt()
+    expected = state if state.is_final else RunState.LOST
+    assert [attempt.state for attempt in attempts] == [expected] * 2
+    assert [attempt.returncode for attempt in attempts] == [0, 1]
+    assert not run.record.exists()
+    # A finished run that is done again begins with nothing; one that failed may go on.
+    assert (run.path / "checkpoint").exists() == (state is not RunState.COMPLETED)
+    assert _names(run.attempts) == ["1", "2"]
+
+
+def test_an_empty_claim_is_nobodys(tmp_path):
+    path = tmp_path / "name"
+    path.mkdir()
+    (path / ".claim").touch()
+    assert planned_directory(path, A) == path
+    assert own_directory(path, A) == path
+    assert (path / ".claim").read_text() == A + "\n"
+    assert own_directory(path, B) != path
+    # A record that lies there says whose it is.
+    foreign = RunDir(tmp_path / "foreign")
+    foreign.write(_record(fingerprint=B))
+    foreign.claim.touch()
+    assert own_directory(foreign.path, A) != foreign.path
+    assert own_directory(foreign.path, B) == foreign.path
+
+
+def test_only_a_directory_that_is_owned_can_be_locked(tmp_path):
+    run = RunDir(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        RunLock.acquire(run)
+    assert not RunLock.is_held(run)
+    assert _names(tmp_path) == []
+
+
+def test_whether_a_lock_is_held_is_asked_without_taking_it(tmp_path):
+    run = RunDir(own_directory(tmp_path / "name", A))
+    assert not RunLock.is_held(run)
+    lock = RunLock.acquire(run)
+    assert RunLock.is_held(run)
+    assert RunLock.is_held(run)
+    lock.release()
+    assert not RunLock.is_held(run)
+    again = RunLock.acquire(run)
+    assert again is not None
+    again.release()
+
+
+def test_a_run_whose_directory_is_locked_is_not_lost(tmp_path):
+    run = RunDir(own_directory(tmp_path / "name", A))
+    pid, started = own_identity()
+    here = {"host": hostname(), "boot_id": boot_id(), "pid": pid, "pid_started": started - 1}
+    record = _record(state=RunState.RUNNING, **here)
+    assert observed_state(record, run) is RunState.LOST
+    lock = RunLock.acquire(run)
+    assert observed_state(record, run) is RunState.RUNNING
+    assert observed_state(record) is RunState.LOST
+    before_the_restart = _record(state=RunState.RUNNING, **{**here, "boot_id": "another"})
+    assert observed_state(before_the_restart, run) is RunState.LOST
+    for state in RunState:
+        if state is not RunState.RUNNING:
+            assert observed_state(_record(state=state, **here), run) is state
+    lock.release()
+    assert observed_state(record, run) is RunState.LOST
