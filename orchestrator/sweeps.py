@@ -77,8 +77,8 @@ def program_words() -> list[str]:
     # `python` where that is what a shell finds, else the interpreter by its whole path.
     # (Not resolved: the python of a virtual environment is a link to another's.)
     name = Path(sys.executable).name
-    found = shutil.which(name) == sys.executable
-    return [name if found else sys.executable, *words[1:]]
+    interpreter = os.path.abspath(sys.executable)  # noqa: PTH100 - links are kept
+    return [name if shutil.which(name) == interpreter else interpreter, *words[1:]]
 
 
 def rerun_command(overrides: Sequence[str], hydra_overrides: Sequence[str]) -> str:
