@@ -175,6 +175,12 @@ class Sweep:
         data = msgspec.json.format(msgspec.json.encode(to_plain(content)), indent=1)
         write_atomic(self.directory / "sweep.json", data + b"\n")
 
+    def end(self, *, complete: bool) -> Path:
+        """Write the results and the end of the sweep; see `write_results`."""
+        path = self.write_results(complete=complete)
+        self.write(ended=True)
+        return path
+
     def write_partial_now_and_then(self) -> None:
         """Keep ``train_sweep_results.json.partial`` roughly up to date while runs end."""
         # The runs' own records hold everything: a full disk need not end the sweep here.

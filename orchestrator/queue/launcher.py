@@ -118,6 +118,10 @@ class GpuQueue:
             scheduler = Scheduler(job_overrides, initial_job_idx, context, signals)
             try:
                 scheduler.run()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    sweep.write_results(complete=False)
+                raise
             finally:
                 self._server = context.server
                 progress.close()
@@ -141,6 +145,8 @@ class GpuQueue:
             )
         else:
             sweep.reopen()
+        if self._last_results is not None:  # this launch will see to it
+            self._last_results.detach()
         self._launches += 1
         sweep.total += len(points)
         sweep.write()
@@ -184,13 +190,10 @@ class GpuQueue:
     def _write_results(self, sweep: Sweep, *, complete: bool) -> tuple[str, bool]:
         if complete and self._launches > 1 and not sweep.is_cheap_to_write():
             # Sweepers that launch a few runs at a time would write all of them each time.
-            self._last_results = self._last_results or weakref.finalize(
-                self, sweep.write_results, complete=True
-            )
+            self._last_results = weakref.finalize(self, sweep.end, complete=True)
             return "", True
         try:
-            path = sweep.write_results(complete=complete)
-            sweep.write(ended=True)
+            path = sweep.end(complete=complete)
         except OSError as error:
             text = (
                 f"The sweep's results file could not be written ({error}); every run's own "

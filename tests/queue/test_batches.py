@@ -142,3 +142,24 @@ def test_what_is_done_already_costs_the_same_in_every_batch(sandbox):
     half, whole = cpu_seconds(150) - nothing, cpu_seconds(300) - nothing
     assert whole < 3 * max(half, 0.1), (nothing, half, whole)
     assert sandbox.ledger() == {}
+
+
+def test_what_was_postponed_is_whole_at_the_end(sandbox):
+    finish(sandbox, range(30))
+    sandbox.run(APP, *GRID, size(1), "x=range(31)")
+    said = sweep_json(sandbox)
+    assert len(said["runs"]) == 31
+    assert said["states"] == {"SKIPPED": 30, "COMPLETED": 1}
+    assert said["ended_at"] >= said["started_at"]
+
+
+def test_a_stop_after_postponed_batches_stays_partial(sandbox):
+    finish(sandbox, range(30))
+    sandbox.env["SWEEP_HOLD_FROM"] = "30"
+    sweep = sandbox.start(APP, *GRID, size(1), "x=range(32)")
+    sandbox.until(lambda: len(sandbox.held()) == 1, lambda: sweep.text)
+    sweep.signal(signal.SIGINT)
+    assert sweep.wait() == 130
+    assert files(sandbox) == ["sweep.json", f"{RESULTS}.partial"]
+    entries = results(sandbox, f"{RESULTS}.partial")
+    assert [entry["state"] for entry in entries] == ["COMPLETED"] * 30 + ["CANCELLED"]
