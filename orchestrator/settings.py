@@ -38,6 +38,9 @@ class ResultsSettings:
     ignore: List[str] = field(default_factory=list)  # noqa: UP006
     # The key that tells repetitions of one setting apart; progress and tables pool over it.
     seed_key: str = "seed"
+    # After a failed run (all its retries included): continue, stop (nothing more is started,
+    # what runs ends by itself), or the number of failures after which to stop.
+    on_failure: Any = "continue"
     # Also write the sweep's results (train_sweep_results.json) here.
     results_file: Optional[str] = None  # noqa: UP045
     naming: NamingSettings = field(default_factory=NamingSettings)

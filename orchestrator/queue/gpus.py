@@ -1,4 +1,4 @@
-"""The GPUs of this machine as NVML sees them. Always named by UUID: CUDA counts otherwise."""
+"""The GPUs of this machine, as values. Always named by UUID: CUDA counts otherwise than NVML."""
 
 from __future__ import annotations
 
@@ -14,11 +14,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device; ``index`` is NVML's."""
+    """A device that jobs can be given: a GPU, or one MIG instance of a GPU that is divided.
+
+    ``index`` is NVML's number of the GPU, ``mig`` that of the instance on it.
+    """
 
     uuid: str
     index: int
     name: str = ""
+    mig: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What a person types and reads: ``0``, or ``0:1`` for an instance."""
+        return str(self.index) if self.mig is None else f"{self.index}:{self.mig}"
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process that computes on a GPU; ``memory`` in bytes, None where NVML does not say."""
+
+    pid: int
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class GpuSnapshot:
+    """One GPU at one moment. Memory in bytes.
+
+    ``time`` is `time.monotonic` before NVML was asked: nothing in here is older.
+    ``processes`` is None where NVML cannot tell. ``error`` says why a GPU could not be read,
+    ``lost`` that it is gone; the numbers are then zero.
+    """
+
+    gpu: Gpu
+    time: float
+    total: int = 0
+    used: int = 0
+    free: int = 0
+    utilization: int | None = None
+    processes: tuple[GpuProcess, ...] | None = None
+    error: str = ""
+    lost: bool = False
 
 
 def list_gpus() -> tuple[list[Gpu], str]:
