@@ -139,7 +139,10 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_at: float | None = None
     ended_at: float | None = None
     duration_seconds: float | None = None
+    # The highest memory on any one of its GPUs; GPUs times seconds; mean utilisation in percent.
     peak_gpu_memory_gb: float | None = None
+    gpu_seconds: float | None = None
+    gpu_utilization: float | None = None
     metrics: dict[str, float] = {}
     command: str = ""
     versions: Versions = Versions()

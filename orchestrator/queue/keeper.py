@@ -31,16 +31,17 @@ from orchestrator.queue.wire import (
     Outcome,
     Started,
     Stop,
+    Usage,
     final_state,
     pack,
-    receive_with_fd,
+    receive_with_fds,
     unpack,
 )
 from orchestrator.record import ErrorInfo, RunRecord, RunState
 from orchestrator.store import RunDir, RunLock, last_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     # Becomes the job in the forked child, reports on the given descriptor, never returns.
     JobBody = Callable[[JobRequest, RunRecord, int], None]
@@ -57,12 +58,18 @@ class Reason(enum.Enum):
     LAUNCHER_DIED = "the launcher died"
     SERVER_DIED = "the job server died"
     TIMEOUT = "it reached its time limit"
+    GPU_LOST = "its GPU was lost"
 
     @property
     def state(self) -> RunState:
-        return {Reason.TIMEOUT: RunState.TIMEOUT, Reason.SERVER_DIED: RunState.LOST}.get(
-            self, RunState.CANCELLED
-        )
+        return _STATES.get(self, RunState.CANCELLED)
+
+
+_STATES = {
+    Reason.TIMEOUT: RunState.TIMEOUT,
+    Reason.SERVER_DIED: RunState.LOST,
+    Reason.GPU_LOST: RunState.FAILED,
+}
 
 
 def keep_jobs(
@@ -78,15 +85,20 @@ def keep_jobs(
     """
     become_subreaper()
     child_ended = wake_up_on(signal.SIGCHLD)
-    while (received := receive_with_fd(orders)) is not None:
+    while (received := receive_with_fds(orders)) is not None:
         request = unpack(received[0])
-        with socket.socket(fileno=received[1]) as launcher:
+        connection, *leases = received[1]
+        with socket.socket(fileno=connection) as launcher:
             if prepare is not None:
                 # An error in common work is the job's to meet and to report.
                 with contextlib.suppress(Exception):
                     prepare(request)
-            keeper = Keeper(request, launcher, server_alive, child_ended, orders.fileno())
-            keeper.keep(body)
+            own = (server_alive, child_ended, orders.fileno())
+            keeper = Keeper(request, launcher, server_alive, child_ended, (*own, *leases))
+            try:
+                keeper.keep(body, leases)
+            finally:
+                _close_all(leases)
         try:
             orders.send(b"\0")
         except OSError:  # the server is dead
@@ -102,7 +114,7 @@ class Keeper:
         launcher: socket.socket,
         server_alive: int,
         child_ended: int,
-        orders: int,
+        own: Sequence[int],
     ) -> None:
         self._request = request
         self._run = RunDir(Path(request.directory))
@@ -111,15 +123,21 @@ class Keeper:
         self._server_alive = server_alive
         self._child_ended = child_ended
         # What a job must not inherit: others would not see them end.
-        self._own = (launcher.fileno(), server_alive, child_ended, orders)
+        self._own = (launcher.fileno(), *own)
         # Still PENDING; it says so on the disk from the moment the directory is ours.
         self._record = request.record
         self._reason: Reason | None = None
         self._told_to_stop = False
         self._outcome: Outcome | None = None
+        self._usage = Usage(None, None)
+        self._leases: list[int] = []
 
-    def keep(self, body: JobBody) -> None:
-        """Run the job to its end and record it; answer only, if it is done or being done."""
+    def keep(self, body: JobBody, leases: list[int]) -> None:
+        """Run the job to its end and record it; answer only, if it is done or being done.
+
+        ``leases`` are closed, and emptied, when nothing of the job is left.
+        """
+        self._leases = leases
         try:
             # A forked job inherits the lock: it is held until the last of both has ended.
             lock = RunLock.acquire(self._run)
@@ -144,6 +162,7 @@ class Keeper:
         self._record = msgspec.structs.replace(self._record, attempts=attempts)
         self._run.write(self._record)
         record, tree = self._work(body)
+        _close_all(self._leases)
         self._send(Exited())
         self._finish(record, tree.returncode or 0)
 
@@ -168,7 +187,7 @@ class Keeper:
         os.close(job_outcome_fd)
         tree = JobTree(pid, self._request.kill_grace_s)
         record = msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid))
-        self._send(Started(pid, record.pid_started))
+        self._send(Started(pid, record.pid_started, os.getpid()))
         self._watch(tree, outcome_fd)
         os.close(outcome_fd)
         return record, tree
@@ -220,10 +239,12 @@ class Keeper:
             return
         for message in self._commands.receive():
             if isinstance(message, Stop):
-                self._end(tree, Reason.STOPPED)
+                self._end(tree, Reason[message.reason])
                 if self._told_to_stop:
                     tree.end_now()
                 self._told_to_stop = True
+            elif isinstance(message, Usage):
+                self._usage = message
         if self._commands.closed:
             self._end(tree, Reason.LAUNCHER_DIED)
 
@@ -238,13 +259,18 @@ class Keeper:
         outcome = self._outcome
         state = self._reason.state if self._reason else final_state(outcome, returncode)
         ended_at = time.time()
+        duration = round(ended_at - (running.started_at or ended_at), 3)
+        gpus = len(running.gpu_uuids)
         record = running.advance(
             state,
             returncode=returncode,
             return_value=outcome.return_value if outcome else None,
             error=None if state is RunState.COMPLETED else self._error(returncode),
             ended_at=ended_at,
-            duration_seconds=round(ended_at - (running.started_at or ended_at), 3),
+            duration_seconds=duration,
+            gpu_seconds=round(duration * gpus, 3) if gpus else None,
+            peak_gpu_memory_gb=self._usage.peak_gpu_memory_gb,
+            gpu_utilization=self._usage.gpu_utilization,
             metrics=outcome.metrics if outcome else last_metrics(self._run),
         )
         unsaved = self._write(record)
@@ -281,6 +307,11 @@ class Keeper:
         # A dead launcher needs no answer: the record has it.
         with contextlib.suppress(OSError):
             self._launcher.sendall(pack(message))
+
+
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 def how_it_ended(returncode: int, *, returned: bool) -> str:

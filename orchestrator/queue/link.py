@@ -12,9 +12,11 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING
 
-from orchestrator.queue.wire import Inbox, JobRequest, Stop, pack, send_with_fd
+from orchestrator.queue.wire import Inbox, JobRequest, Stop, Usage, pack, send_with_fds
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from orchestrator.queue.task import Task
     from orchestrator.sweep.compose import Composer
 
@@ -32,9 +34,16 @@ class JobLink:
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def stop(self) -> None:
+    def stop(self, reason: str = "STOPPED") -> None:
+        """Have the job ended; ``reason`` is the name of a `keeper.Reason`."""
+        self._tell(Stop(reason))
+
+    def tell_usage(self, usage: Usage) -> None:
+        self._tell(usage)
+
+    def _tell(self, message: Stop | Usage) -> None:
         with contextlib.suppress(OSError):
-            self._connection.sendall(pack(Stop()))
+            self._connection.sendall(pack(message))
 
     def close(self) -> None:
         self._connection.close()
@@ -47,8 +56,12 @@ class ServerLink:
         self._connection = connection
         self._close = weakref.finalize(self, _close, connection, pid)
 
-    def start(self, request: JobRequest) -> JobLink:
+    def start(self, request: JobRequest, leases: Sequence[int] = ()) -> JobLink:
         """Have a job started.
+
+        Args:
+            request: what to start.
+            leases: descriptors that its keeper holds until nothing of the job is left.
 
         Raises:
             OSError: the server is dead.
@@ -56,7 +69,7 @@ class ServerLink:
         ours, theirs = _socket_pair()
         try:
             with theirs:
-                send_with_fd(self._connection, pack(request), theirs.fileno())
+                send_with_fds(self._connection, pack(request), [theirs.fileno(), *leases])
         except OSError:
             ours.close()
             raise

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.queue.keeper import keep_jobs, wake_up_on
 from orchestrator.queue.prctl import become_subreaper
-from orchestrator.queue.wire import receive_with_fd, send_with_fd
+from orchestrator.queue.wire import receive_with_fds, send_with_fds
 
 if TYPE_CHECKING:
     from orchestrator.queue.keeper import JobBody, Preparation
@@ -77,7 +77,7 @@ class _Server:
 
     def _take_request(self) -> None:
         try:
-            received = receive_with_fd(self._launcher)
+            received = receive_with_fds(self._launcher)
         except (EOFError, OSError):
             received = None
         if received is None:
@@ -86,25 +86,27 @@ class _Server:
             for keeper in [k for k in self._keepers.values() if not k.busy]:
                 self._dismiss(keeper)
             return
-        request, descriptor = received
+        request, descriptors = received
         idle = (k for k in list(self._keepers.values()) if not k.busy)
         while True:
-            keeper = next(idle, None) or self._fork_keeper(descriptor)
+            keeper = next(idle, None) or self._fork_keeper(descriptors)
             try:
-                send_with_fd(keeper.orders, request, descriptor)
+                send_with_fds(keeper.orders, request, descriptors)
             except OSError:  # it was killed while idle
                 self._dismiss(keeper)
             else:
                 keeper.busy = True
-                os.close(descriptor)
+                for descriptor in descriptors:
+                    os.close(descriptor)
                 return
 
-    def _fork_keeper(self, passing: int) -> _KeeperLink:
-        """Fork another keeper. ``passing``: a descriptor on its way to it, which it gets later."""
+    def _fork_keeper(self, passing: list[int]) -> _KeeperLink:
+        """Fork another keeper. ``passing``: descriptors on their way to it, which it gets later."""
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            os.close(passing)
+            for descriptor in passing:
+                os.close(descriptor)
             self._become_keeper(theirs, ours)
         theirs.close()
         keeper = self._keepers[pid] = _KeeperLink(pid, ours)

@@ -11,9 +11,12 @@ import pickle
 import socket
 import struct
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.record import ErrorInfo, RunRecord, RunState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _HEADER = struct.Struct("!Q")
 
@@ -45,13 +48,27 @@ class JobRequest:
 class Stop:
     """Launcher to keeper: end the job. Said twice, it means at once."""
 
+    # The name of a `keeper.Reason`.
+    reason: str = "STOPPED"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Launcher to keeper: what was seen of the job's GPUs so far, for its record."""
+
+    # The highest memory on any one of its GPUs, in GB.
+    peak_gpu_memory_gb: float | None
+    # Mean over time and GPUs, in percent.
+    gpu_utilization: float | None
+
 
 @dataclass(frozen=True)
 class Started:
-    """Keeper to launcher: the job runs."""
+    """Keeper to launcher: the job runs; all that it starts descends from the keeper."""
 
     pid: int
     pid_started: float | None
+    keeper: int
 
 
 @dataclass(frozen=True)
@@ -132,20 +149,24 @@ class Inbox:
         return messages
 
 
-def send_with_fd(connection: socket.socket, packed: bytes, descriptor: int) -> None:
-    """Send a packed message and, with its first byte, a file descriptor."""
-    socket.send_fds(connection, [packed[:1]], [descriptor])
+# The kernel takes 253 descriptors with one message.
+MAX_DESCRIPTORS = 250
+
+
+def send_with_fds(connection: socket.socket, packed: bytes, descriptors: Sequence[int]) -> None:
+    """Send a packed message and, with its first byte, file descriptors."""
+    socket.send_fds(connection, [packed[:1]], list(descriptors))
     connection.sendall(packed[1:])
 
 
-def receive_with_fd(connection: socket.socket) -> tuple[bytes, int] | None:
-    """The next message, still packed, and its descriptor; None when the other end is gone."""
-    first, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+def receive_with_fds(connection: socket.socket) -> tuple[bytes, list[int]] | None:
+    """The next message, still packed, and its descriptors; None when the other end is gone."""
+    first, descriptors, _, _ = socket.recv_fds(connection, 1, MAX_DESCRIPTORS)
     if not first:
         return None
     header = first + receive_exactly(connection, _HEADER.size - 1)
     (length,) = _HEADER.unpack(header)
-    return header + receive_exactly(connection, length), descriptors[0]
+    return header + receive_exactly(connection, length), list(descriptors)
 
 
 def unpack(packed: bytes) -> Any:

@@ -242,7 +242,7 @@ def keep(run, monkeypatch):
         ours, theirs = socket.socketpair()
         never, writer = os.pipe()
         with ours, theirs:
-            Keeper(asked, theirs, never, never, never).keep(lambda *_: None)
+            Keeper(asked, theirs, never, never, (never,)).keep(lambda *_: None, [])
             theirs.shutdown(socket.SHUT_WR)
             inbox, messages = Inbox(ours.fileno()), []
             while not inbox.closed:

@@ -18,13 +18,13 @@ from orchestrator.queue.wire import (
     final_state,
     pack,
     receive_exactly,
-    receive_with_fd,
-    send_with_fd,
+    receive_with_fds,
+    send_with_fds,
     unpack,
 )
 from orchestrator.record import RunState
 
-MESSAGES = [Started(7, 1.5), Exited(), Outcome(completed=True, return_value={"a": [1, None]})]
+MESSAGES = [Started(7, 1.5, 6), Exited(), Outcome(completed=True, return_value={"a": [1, None]})]
 
 
 @pytest.fixture
@@ -103,36 +103,39 @@ def test_a_message_larger_than_any_buffer(pair):
     assert got == [message, Exited()]
 
 
-def test_a_descriptor_travels_with_its_message(pair, tmp_path):
+def test_descriptors_travel_with_their_message(pair, tmp_path):
     ours, theirs = pair
     sent = [(["x"] * 200_000, "first"), (None, "second")]
 
     def send():
         for message, name in sent:
-            descriptor = os.open(tmp_path / name, os.O_WRONLY | os.O_CREAT)
-            send_with_fd(ours, pack(message), descriptor)
-            os.close(descriptor)
+            flags = os.O_WRONLY | os.O_CREAT
+            files = [os.open(tmp_path / f"{name}-{number}", flags) for number in range(40)]
+            send_with_fds(ours, pack(message), files)
+            for descriptor in files:
+                os.close(descriptor)
         ours.close()
 
     sender = threading.Thread(target=send)
     sender.start()
     for message, name in sent:
-        packed, descriptor = receive_with_fd(theirs)
+        packed, descriptors = receive_with_fds(theirs)
         assert unpack(packed) == message
-        os.write(descriptor, name.encode())
-        os.close(descriptor)
-        assert (tmp_path / name).read_text() == name
+        for number, descriptor in enumerate(descriptors):
+            os.write(descriptor, name.encode())
+            os.close(descriptor)
+            assert (tmp_path / f"{name}-{number}").read_text() == name
     sender.join()
-    assert receive_with_fd(theirs) is None
+    assert receive_with_fds(theirs) is None
 
 
 def test_a_sender_that_goes_away_in_the_middle_is_an_error(pair):
     ours, theirs = pair
     with open(os.devnull) as file:
-        send_with_fd(ours, pack(Stop())[:-1], file.fileno())
+        send_with_fds(ours, pack(Stop())[:-1], [file.fileno()])
     ours.close()
     with pytest.raises(EOFError):
-        receive_with_fd(theirs)
+        receive_with_fds(theirs)
     with pytest.raises(EOFError):
         receive_exactly(theirs, 1)
     assert receive_exactly(theirs, 0) == b""
