@@ -1,8 +1,12 @@
-"""``orchestrator-status``: where every run stands. Reads run directories, writes nothing."""
+"""``orchestrator-status``: where every run stands. Reads run directories, writes nothing.
+
+Its commands (pause, drain, resume) are in `orchestrator.cli.control`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +28,55 @@ _STATES = (
 )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+_COMMANDS = ("pause", "drain", "resume")
+
+
+class _Listing(click.Group):
+    """The listing, unless the first word is a command's name."""
+
+    # Unlike in other groups, options may follow the directory.
+    allow_interspersed_args = True
+    allow_extra_args = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(
+            importlib.import_module("orchestrator.cli.control"), cmd_name
+        )
+        return command
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        name = args[0] if args else ""
+        command = self.get_command(click.Context(self), name)
+        if command is None:
+            return super().make_context(info_name, args, parent, **extra)
+        return command.make_context(f"{info_name} {name}", args[1:], parent, **extra)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return click.Command.parse_args(self, ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.command is not self:
+            return ctx.command.invoke(ctx)
+        return click.Command.invoke(self, ctx)
+
+
+@click.group(
+    cls=_Listing,
+    invoke_without_command=True,
+    subcommand_metavar="",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.argument("directory", default="outputs", type=click.Path())
 @click.option(
     "--state",
@@ -43,12 +95,16 @@ def main(directory: str, states: tuple[str, ...], name: str | None, as_json: boo
     and left no outcome), FAILED, TIMEOUT, UNREADABLE (a run.json that is not one of
     ours), CANCELLED, PENDING, and COMPLETED last. Nothing is written.
 
+    The commands below speak to a sweep that runs; where the first word is the name of one,
+    it means the command (a directory of that name is ./pause).
+
     \b
     Examples:
       orchestrator-status
       orchestrator-status outputs/mlp --state failed --state lost
       orchestrator-status --name '*lr_0.1*'
       orchestrator-status --json | jq '.counts'
+      orchestrator-status pause --help
     """  # noqa: D301 - click reads the backspace
     with reported_errors():
         _show(directory, states, name, as_json=as_json)

@@ -1,0 +1,186 @@
+"""What a job needs of the GPUs: how many, how much memory on each, and whether alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from orchestrator.record import to_plain
+from orchestrator.sweep.errors import SweepError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from omegaconf import DictConfig
+
+    from orchestrator.queue.settings import GpuQueueSettings
+
+GB = 10**9
+_MB = 10**6
+AUTO = "auto"
+_GPUS = "gpus_per_job"
+_MEMORY = "memory_per_job_gb"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one try of a run needs.
+
+    ``memory`` is in bytes on each GPU; None: nothing was declared. ``alone``: no other job of
+    any sweep on its GPUs.
+    """
+
+    gpus: int = 1
+    memory: int | None = None
+    alone: bool = False
+
+
+def after_oom(need: Need, total: int) -> Need:
+    """What the next try of a run needs that ran out of memory.
+
+    Half as much again, as far as the largest GPU goes (``total`` bytes, less 5 %); a run that
+    is there already, or for which nothing was declared, has its GPUs alone.
+    """
+    if need.gpus == 0:
+        return need
+    most = total * 95 // 100
+    if need.memory is None or need.memory >= most:
+        return dataclasses.replace(need, alone=True)
+    return dataclasses.replace(need, memory=min(need.memory + (need.memory + 1) // 2, most))
+
+
+class Needs:
+    """Decides what each run needs.
+
+    Args:
+        settings: the queue's own.
+        raw_launcher: ``OmegaConf.to_container(config.hydra.launcher, resolve=False)``; it shows
+            which keys are interpolations, to be looked up in each run's own config.
+        seed_key: the hyperparameter that has no part in how much memory a run takes.
+
+    Raises:
+        SweepError: a value that holds for all runs is none that can be used.
+    """
+
+    def __init__(
+        self, settings: GpuQueueSettings, raw_launcher: Mapping[str, Any], seed_key: str
+    ) -> None:
+        self._values = {_GPUS: settings.gpus_per_job, _MEMORY: settings.memory_per_job_gb}
+        self._per_run = {key for key in self._values if _is_interpolation(raw_launcher.get(key))}
+        self._margin = _checked_margin(settings.memory_margin)
+        self._keys = None if settings.memory_keys is None else tuple(settings.memory_keys)
+        self._seed_key = seed_key
+        # The highest peak that a run of each shape has had, in bytes.
+        self._peaks: dict[str, float] = {}
+        gpus = None if _GPUS in self._per_run else _gpus(self._values[_GPUS])
+        memory = None if _MEMORY in self._per_run else _memory(self._values[_MEMORY])
+        # No GPU, no memory on it to be learned.
+        vary = bool(self._per_run) or (memory == AUTO and gpus != 0)
+        self.constant: Need | None = None if vary else _need(gpus or 0, memory)
+
+    @property
+    def vary(self) -> bool:
+        """Whether runs may differ in what they need, or one run from one moment to another."""
+        return self.constant is None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the peaks of finished runs may make a difference."""
+        return self.vary and (_MEMORY in self._per_run or self._values[_MEMORY] == AUTO)
+
+    def of(self, hyperparams: Mapping[str, Any], config: Callable[[], DictConfig]) -> Need:
+        """What a run needs, as far as is known now.
+
+        Args:
+            hyperparams: what tells the run from others of the sweep.
+            config: composes the run's own config, Hydra's node included; it is called where a
+                key has to be looked up in it.
+
+        Raises:
+            SweepError: a value in the run's config is none that can be used.
+            Exception: OmegaConf's own, where an interpolation does not resolve.
+        """
+        if self.constant is not None:
+            return self.constant
+        composed = config() if self._per_run else None
+        gpus = _gpus(self._value(_GPUS, composed))
+        memory = _memory(self._value(_MEMORY, composed))
+        if memory != AUTO or gpus == 0:
+            return _need(gpus, memory)
+        peak = self._peaks.get(self._shape(hyperparams))
+        if peak is None:
+            return Need(gpus, alone=True)
+        # (Rounded first: 1.1 times 2 is not to be a megabyte more than 2.2.)
+        return Need(gpus, math.ceil(round(peak * (1 + self._margin) / _MB, 6)) * _MB)
+
+    def learn(self, hyperparams: Mapping[str, Any], peak_gb: float | None) -> None:
+        """Take in the peak that a COMPLETED run has had on one of its GPUs, if it is known."""
+        if peak_gb is None or not 0 < peak_gb < math.inf:
+            return
+        shape = self._shape(hyperparams)
+        self._peaks[shape] = max(self._peaks.get(shape, 0.0), peak_gb * GB)
+
+    def _value(self, key: str, composed: DictConfig | None) -> Any:
+        if composed is None or key not in self._per_run:
+            return self._values[key]
+        return OmegaConf.select(composed, f"hydra.launcher.{key}", throw_on_missing=True)
+
+    def _shape(self, hyperparams: Mapping[str, Any]) -> str:
+        chosen = {
+            key: value
+            for key, value in hyperparams.items()
+            if (
+                not _is_at_or_below(key, (self._seed_key,))
+                if self._keys is None
+                else _is_at_or_below(key, self._keys)
+            )
+        }
+        # Equal for hyperparameters from a command line and from a record.
+        return json.dumps(to_plain(chosen), sort_keys=True)
+
+
+def _is_at_or_below(key: str, parents: tuple[str, ...]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def _is_interpolation(raw: Any) -> bool:
+    return isinstance(raw, str) and "${" in raw
+
+
+def _need(gpus: int, memory: int | str | None) -> Need:
+    return Need(gpus, memory if gpus and isinstance(memory, int) else None)
+
+
+def _gpus(value: Any) -> int:
+    if _is_number(value) and value >= 0 and value == int(value):
+        return int(value)
+    raise _unusable(_GPUS, value, "a whole number of GPUs: 0, 1 or more")
+
+
+def _memory(value: Any) -> int | str | None:
+    """Bytes; None for no need; or ``auto``."""
+    if value is None or (isinstance(value, str) and value == AUTO):
+        return value
+    if _is_number(value) and value >= 0:
+        return math.ceil(round(value * GB, 3)) or None
+    raise _unusable(_MEMORY, value, f"GB (10^9 bytes) as a number, {AUTO}, or null for no need")
+
+
+def _checked_margin(value: Any) -> float:
+    if _is_number(value) and value >= 0:
+        return float(value)
+    raise _unusable("memory_margin", value, "a share as a number from 0 on, such as 0.1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unusable(key: str, value: Any, expected: str) -> SweepError:
+    where = "" if key == "memory_margin" else ", or the key of the run's config that it names"
+    return SweepError(f"hydra.launcher.{key} is {value!r}; expected {expected}. Correct it{where}.")
