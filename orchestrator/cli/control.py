@@ -61,7 +61,7 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 
-@click.command(context_settings=_SETTINGS, short_help="Start no new run, on a GPU or at all.")
+@click.command(context_settings=_SETTINGS)
 @_options
 def pause(directory: str, gpus: tuple[str, ...], sweep_id: str | None) -> None:
     """Start no new run, on a GPU or at all, until resumed; what runs goes on.
@@ -82,7 +82,7 @@ def pause(directory: str, gpus: tuple[str, ...], sweep_id: str | None) -> None:
     _order(directory, gpus, sweep_id, lambda now, uuids: now.give("pause", uuids), say)
 
 
-@click.command(context_settings=_SETTINGS, short_help="Let what runs end, and start nothing new.")
+@click.command(context_settings=_SETTINGS)
 @_options
 def drain(directory: str, gpus: tuple[str, ...], sweep_id: str | None) -> None:
     """Let what runs end and start nothing new: to free a GPU, or to end the sweep in order.
@@ -105,7 +105,7 @@ def drain(directory: str, gpus: tuple[str, ...], sweep_id: str | None) -> None:
     _order(directory, gpus, sweep_id, lambda now, uuids: now.give("drain", uuids), say)
 
 
-@click.command(context_settings=_SETTINGS, short_help="Take back what pause and drain said.")
+@click.command(context_settings=_SETTINGS)
 @_options
 def resume(directory: str, gpus: tuple[str, ...], sweep_id: str | None) -> None:
     """Take back what pause and drain have said: of a GPU or, without --gpu, all of it.

@@ -28,7 +28,12 @@ _STATES = (
 )
 
 
-_COMMANDS = ("pause", "drain", "resume")
+# Likewise: name, and what --help says of it.
+_COMMANDS = {
+    "pause": "Start no new run, on a GPU or at all.",
+    "drain": "Let what runs end, and start nothing new.",
+    "resume": "Take back what pause and drain said.",
+}
 
 
 class _Listing(click.Group):
@@ -40,6 +45,10 @@ class _Listing(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
