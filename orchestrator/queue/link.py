@@ -66,7 +66,7 @@ class ServerLink:
         Raises:
             OSError: the server is dead.
         """
-        ours, theirs = _socket_pair()
+        ours, theirs = socket_pair()
         try:
             with theirs:
                 send_with_fds(self._connection, pack(request), [theirs.fileno(), *leases])
@@ -85,17 +85,25 @@ def _close(connection: socket.socket, pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _socket_pair() -> tuple[socket.socket, socket.socket]:
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets that no later child of this process will hold."""
     pair = socket.socketpair()
     _open_sockets.update(pair)
     return pair
+
+
+def close_inherited(keep: socket.socket) -> None:
+    """In a forked child: close the launcher's connections, but the child's own."""
+    for other in list(_open_sockets):
+        if other is not keep:
+            other.close()
 
 
 def forked_server(task: Task, composer: Composer) -> ServerLink:
     """Fork the job server off this process."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or every child would print it again
-    ours, theirs = _socket_pair()
+    ours, theirs = socket_pair()
     with warnings.catch_warnings():
         # Python 3.12 warns of any thread; `start_method` has looked at them more closely.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -108,9 +116,7 @@ def forked_server(task: Task, composer: Composer) -> ServerLink:
 
 def _become_server(launcher: socket.socket, task: Task, composer: Composer) -> None:
     try:
-        for other in list(_open_sockets):
-            if other is not launcher:
-                other.close()
+        close_inherited(launcher)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for target in (0, 1):
@@ -127,7 +133,7 @@ def spawned_server() -> ServerLink:
     """Start the job server as a fresh interpreter."""
     from orchestrator.queue.spawn import anonymous_file, interpreter
 
-    ours, theirs = _socket_pair()
+    ours, theirs = socket_pair()
     descriptor = theirs.fileno()
     stream = anonymous_file(pickle.dumps(sys.path), pickle.dumps(descriptor))
     process = subprocess.Popen(
