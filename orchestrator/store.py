@@ -251,14 +251,12 @@ def tail(path: Path, max_bytes: int) -> bytes:
         return b""
 
 
-def completed_by_fingerprint(root: Path) -> dict[str, Path]:
-    """Where each COMPLETED run below ``root`` lies: what resume looks in."""
-    done: dict[str, Path] = {}
+def completed_runs(root: Path) -> Iterator[tuple[RunDir, RunRecord]]:
+    """The COMPLETED runs below ``root``: what resume looks in."""
     for run in find_runs(root):
         record = run.try_read()
         if record is not None and record.state is RunState.COMPLETED and record.fingerprint:
-            done.setdefault(record.fingerprint, run.path)
-    return done
+            yield run, record
 
 
 def observed_state(record: RunRecord, run: RunDir | None = None) -> RunState:

@@ -19,7 +19,7 @@ from orchestrator.record import RecordError, RunRecord, RunState
 from orchestrator.store import (
     RunDir,
     RunLock,
-    completed_by_fingerprint,
+    completed_runs,
     find_runs,
     last_metrics,
     observed_state,
@@ -137,7 +137,8 @@ def test_only_completed_runs_are_done(tmp_path):
     RunDir(tmp_path / "z").write(_record(fingerprint="COMPLETED"))
     RunDir(tmp_path / "bad").write(_record())
     (tmp_path / "bad" / "run.json").write_bytes(b"{")
-    assert completed_by_fingerprint(tmp_path) == {"COMPLETED": tmp_path / "COMPLETED"}
+    ((run, record),) = completed_runs(tmp_path)
+    assert (run.path, record.state) == (tmp_path / "COMPLETED", RunState.COMPLETED)
 
 
 def test_setting_aside_keeps_what_a_resumed_task_looks_for(tmp_path):

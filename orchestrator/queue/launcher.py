@@ -14,13 +14,17 @@ from omegaconf import OmegaConf
 
 from orchestrator.overrides import as_typed, parse_override
 from orchestrator.processes import boot_id, hostname
+from orchestrator.queue.context import Context
+from orchestrator.queue.control import CONTROL_NAME, Control
 from orchestrator.queue.job import THREAD_VARIABLES
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
+from orchestrator.queue.needs import Needs
 from orchestrator.queue.plan import Planner
 from orchestrator.queue.progress import SettingsCount, make_progress
-from orchestrator.queue.scheduler import Context, Scheduler
+from orchestrator.queue.resources import cores, make_places, start_watcher
+from orchestrator.queue.retry import FailureLimit, RetryPolicy
+from orchestrator.queue.scheduler import Scheduler
 from orchestrator.queue.signals import StopSignals
-from orchestrator.queue.slots import cores, make_slots
 from orchestrator.queue.start_method import choose
 from orchestrator.queue.task import Task, number_job, rehearse
 from orchestrator.sweep.compose import Composer
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
+    from orchestrator.queue.places import Places
     from orchestrator.queue.progress import Progress
     from orchestrator.queue.settings import GpuQueueSettings
 
@@ -65,6 +70,11 @@ class GpuQueue:
         self._last_results: weakref.finalize[..., GpuQueue] | None = None
         # Before a sweeper computes, a thread starts or NVML is touched.
         self._server = self._start_server()
+        self._watcher = start_watcher(settings, self._method)
+        self._places: Places | None = None
+        self._progress: Progress | None = None
+        self._where = ""
+        self._failures = 0
         self._told = False
 
     @property
@@ -96,23 +106,33 @@ class GpuQueue:
         Raises:
             SweepError: the settings ask for what this machine has not, or the outputs
                 directory cannot be written, or records are not on the disk.
-            SystemExit: a signal ended the sweep.
+            SystemExit: a signal ended the sweep, or so many failures that it was to stop.
         """
-        slots, where = make_slots(self._settings)
+        settings = self._settings
+        needs = self._make_needs()
+        retry = RetryPolicy(settings.retries, settings.retry_on)
+        limit = FailureLimit(self._planner.results.on_failure)
+        places = self._make_places(needs)
         sweep = self._extend_sweep(job_overrides)
         progress = make_progress(
             len(job_overrides), SettingsCount(job_overrides, self._planner.results.seed_key)
         )
-        self._tell(progress, where, sweep.root)
+        self._progress = progress
+        self._tell(progress, sweep.root)
         context = Context(
             composer=self.composer,
             planner=self._planner,
             sweep=sweep,
-            slots=slots,
-            threads=self._settings.threads or _threads(slots.size),
+            places=places,
+            needs=needs,
+            retry=retry,
+            limit=limit,
+            control=Control(sweep.directory / CONTROL_NAME),
+            threads=settings.threads or _threads(places.size),
             progress=progress,
             make_server=self._start_server,
             server=self._server,
+            failures=self._failures,
         )
         with StopSignals() as signals:
             scheduler = Scheduler(job_overrides, initial_job_idx, context, signals)
@@ -123,10 +143,32 @@ class GpuQueue:
                     sweep.write_results(complete=False)
                 raise
             finally:
-                self._server = context.server
+                self._server, self._failures = context.server, context.failures
                 progress.close()
             self._finish(scheduler, context, signals)
-        return [result for result in scheduler.returns if result is not None]
+        return [result for result in scheduler.answers.returns if result is not None]
+
+    def _make_needs(self) -> Needs:
+        raw = OmegaConf.to_container(self._config.hydra.launcher, resolve=False)
+        assert isinstance(raw, dict)
+        needs = Needs(self._settings, raw, self._planner.results.seed_key)  # type: ignore[arg-type]
+        if needs.learns:
+            self._planner.look_back(
+                lambda record: needs.learn(record.hyperparams, record.peak_gpu_memory_gb)
+            )
+        return needs
+
+    def _make_places(self, needs: Needs) -> Places:
+        if self._places is None:
+            self._places, self._where = make_places(self._settings, self._watcher, self._say)
+        reason = "" if needs.constant is None else self._places.impossible(needs.constant)
+        if reason:
+            raise SweepError(f"No job of this sweep would ever find a place: {reason}.")
+        return self._places
+
+    def _say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.say(text)
 
     def _extend_sweep(self, points: Sequence[Sequence[str]]) -> Sweep:
         """All launches of one launcher, as sweepers with batches make them, are one sweep."""
@@ -142,6 +184,7 @@ class GpuQueue:
                 axes=_axes(points),
                 versions=code_versions(code_directory(self._task.function)),
                 results_file=None if results_file is None else Path(results_file).absolute(),
+                gpus=self._places.gpus if self._places else (),
             )
         else:
             sweep.reopen()
@@ -152,40 +195,43 @@ class GpuQueue:
         sweep.write()
         return sweep
 
-    def _tell(self, progress: Progress, where: str, sweep_dir: Path) -> None:
+    def _tell(self, progress: Progress, sweep_dir: Path) -> None:
         if not self._told:
             progress.say(f"Jobs start by {self._method}: {self._method_reason}.")
-            progress.say(f"Running on {where}.")
+            progress.say(f"Running on {self._where}.")
         progress.say(f"{progress.total} runs, outputs in {sweep_dir}")
         self._told = True
 
     def _finish(self, scheduler: Scheduler, context: Context, signals: StopSignals) -> None:
-        progress, stopped = context.progress, bool(signals.received)
+        progress, answers = context.progress, scheduler.answers
+        stopped = bool(signals.received or scheduler.closed)
         states = {state.value: count for state, count in progress.states.items()}
         context.sweep.states.update(states)
         if progress.skipped:
             context.sweep.states["SKIPPED"] += progress.skipped
         results, written = self._write_results(context.sweep, complete=not stopped)
         if progress.skipped:
-            change = code_change(scheduler.answered_by, context.sweep.versions)
+            change = code_change(answers.answered_by, context.sweep.versions)
             notes = "; ".join(filter(None, (change, f"run again with {self._no_resume()}")))
             progress.say(f"{progress.skipped} of {progress.total} done already; {notes}")
         if not stopped:
             counts = ", ".join(f"{n} {state.lower()}" for state, n in sorted(states.items()))
             progress.say(f"All runs ended ({counts or 'nothing was left to run'}). {results}")
-            if scheduler.unsaved or not written:
+            if answers.unsaved or not written:
                 msg = (
-                    f"The records of {scheduler.unsaved} runs or the results file are not on the "
+                    f"The records of {answers.unsaved} runs or the results file are not on the "
                     "disk (see above). Make room, then run the same command again."
                 )
                 raise SweepError(msg)
             return
         left = progress.total - progress.ended
-        progress.say(
-            f"Stopped: {states.get('CANCELLED', 0)} running jobs were ended, {left} were not "
-            f"started. {results} The same command again runs what is missing."
-        )
-        raise SystemExit(128 + signals.received[0])
+        if signals.received:
+            ended = states.get("CANCELLED", 0)
+            why = f"{ended} running jobs were ended, {left} were not started."
+        else:
+            why = f"{scheduler.closed} {left} runs were not started."
+        progress.say(f"Stopped: {why} {results} The same command again runs what is missing.")
+        raise SystemExit(128 + signals.received[0] if signals.received else 1)
 
     def _write_results(self, sweep: Sweep, *, complete: bool) -> tuple[str, bool]:
         if complete and self._launches > 1 and not sweep.is_cheap_to_write():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,18 +13,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from orchestrator.identity import Identity, identify, results_settings
 from orchestrator.overrides import as_typed
+from orchestrator.queue.environment import job_environment
 from orchestrator.queue.task import number_job, output_dir
 from orchestrator.queue.wire import JobRequest
 from orchestrator.record import RunRecord, RunState
 from orchestrator.settings import RUN_NAME_RESOLVER
-from orchestrator.store import RunDir, completed_by_fingerprint, own_directory
+from orchestrator.store import RunDir, completed_runs, own_directory
 from orchestrator.sweeps import rerun_command
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from orchestrator.queue.places import Place
     from orchestrator.queue.settings import GpuQueueSettings
-    from orchestrator.queue.slots import Slot
     from orchestrator.queue.spawn import Shipper
     from orchestrator.sweep.compose import Composer
     from orchestrator.sweeps import Sweep
@@ -83,7 +85,16 @@ class Planner:
 
     @cached_property
     def _done(self) -> dict[str, Path]:
-        return completed_by_fingerprint(self.sweep_dir) if self.resume else {}
+        return self.look_back() if self.resume else {}
+
+    def look_back(self, learn: Callable[[RunRecord], None] | None = None) -> dict[str, Path]:
+        """Where each COMPLETED run lies, by fingerprint; ``learn`` hears of all of them."""
+        done: dict[str, Path] = {}
+        for run, record in completed_runs(self.sweep_dir):
+            done.setdefault(record.fingerprint, run.path)
+            if learn is not None:
+                learn(record)
+        return done
 
     def plan(self, index: int, num: int, overrides: Sequence[str]) -> Plan:
         """Identify a point and give it a directory, made and owned.
@@ -121,11 +132,31 @@ class Planner:
             return None
         return path, record
 
-    def request(self, plan: Plan, slot: Slot, threads: int, sweep: Sweep) -> JobRequest:
-        """The job for a plan, on a slot."""
-        gpu = slot.gpu
+    def request(
+        self,
+        plan: Plan,
+        place: Place,
+        totals: Sequence[int],
+        threads: int,
+        sweep: Sweep,
+        *,
+        attempt: int,
+        cpu_only: bool,
+    ) -> JobRequest:
+        """The job for a plan, at a place.
+
+        Args:
+            plan: the run.
+            place: where it goes.
+            totals: the memory of each GPU there, in bytes; 0 where it is not known.
+            threads: how many it may use.
+            sweep: whose run it is.
+            attempt: 1 for its first try in this launch.
+            cpu_only: the sweep gives out no GPUs.
+        """
+        name = plan.directory.name if self._named else plan.who.name
         record = RunRecord(
-            model_name=plan.directory.name if self._named else plan.who.name,
+            model_name=name,
             sweep_id=sweep.sweep_id,
             index=plan.num,
             overrides=plan.overrides,
@@ -133,8 +164,8 @@ class Planner:
             fingerprint=plan.who.fingerprint,
             seed=plan.who.seed,
             state=RunState.PENDING,
-            gpu_id=gpu.index if gpu else None,
-            gpu_uuids=(gpu.uuid,) if gpu else (),
+            gpu_id=place.gpus[0].index if place.gpus else None,
+            gpu_uuids=tuple(gpu.uuid for gpu in place.gpus),
             command=self._command(plan.overrides),
             versions=sweep.versions,
         )
@@ -144,7 +175,18 @@ class Planner:
             directory=str(plan.directory),
             record=record,
             resume=self.resume,
-            env=slot.env,
+            env=job_environment(
+                self._launcher,
+                place.gpus,
+                place.need,
+                totals,
+                os.environ,
+                num=plan.num,
+                name=name,
+                directory=str(plan.directory),
+                attempt=attempt,
+                cpu_only=cpu_only,
+            ),
             threads=threads,
             timeout_s=self._launcher.timeout_s,
             kill_grace_s=self._launcher.kill_grace_s,

@@ -1,70 +1,40 @@
-"""One launch: an event loop that fills slots with jobs until every point has its answer."""
+"""One launch: an event loop that gives places to jobs until every point has its answer."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import selectors
-import signal
-import time
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from orchestrator.processes import is_alive
-from orchestrator.queue.returns import QueueJobReturn
+from orchestrator.queue.answers import Answers
+from orchestrator.queue.burial import bury
+from orchestrator.queue.jobs import Job, Try, described, usage_of
+from orchestrator.queue.needs import after_oom
+from orchestrator.queue.places import Place, Want
+from orchestrator.queue.retry import Cause, cause_of
 from orchestrator.queue.wire import Busy, Ended, Exited, Started
-from orchestrator.record import ErrorInfo, RunRecord, RunState, Versions
-from orchestrator.store import RunDir, RunLock
+from orchestrator.record import RunRecord, RunState
+from orchestrator.store import RunDir, tail
+from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from orchestrator.queue.link import JobLink, ServerLink
-    from orchestrator.queue.plan import Plan, Planner
-    from orchestrator.queue.progress import Progress
+    from orchestrator.queue.context import Context
+    from orchestrator.queue.needs import Need
+    from orchestrator.queue.plan import Plan
     from orchestrator.queue.signals import StopSignals
-    from orchestrator.queue.slots import Slot, Slots
     from orchestrator.queue.wire import JobRequest
-    from orchestrator.sweep.compose import Composer
-    from orchestrator.sweeps import Sweep
 
 # How long after a run was seen in another launcher's hands it is looked at again.
 _BUSY_INTERVAL_S = 0.5
 _MAX_SERVER_DEATHS = 3
 # How many points in a row may be answered without a look at jobs and signals.
 _POINTS_AT_A_TIME = 100
-_LAST_WAIT_S = 10.0
-
-
-@dataclass
-class _Job:
-    """A job between its start and its final record."""
-
-    plan: Plan
-    slot: Slot | None
-    link: JobLink
-    request: JobRequest
-    pid: int | None = None
-    pid_started: float | None = None
-    answered: bool = False
-
-
-@dataclass
-class Context:
-    """What a scheduler works with; all of it is replaced easily in a test."""
-
-    composer: Composer
-    planner: Planner
-    sweep: Sweep
-    slots: Slots
-    threads: int
-    progress: Progress
-    make_server: Callable[[], ServerLink]
-    server: ServerLink
-    clock: Callable[[], float] = time.monotonic
+# How many runs are looked at for one that fits, where runs differ in what they need.
+_LOOKAHEAD = 64
+_CONTROL_INTERVAL_S = 0.5
+_LOG_TAIL_BYTES = 4_096
 
 
 class Scheduler:
@@ -89,33 +59,38 @@ class Scheduler:
         self._context = context
         self._signals = signals
         self._selector = selectors.DefaultSelector()
-        self._jobs: dict[int, _Job] = {}
+        self._jobs: dict[int, Job] = {}
         self._exhausted = False
-        self._next: Plan | None = None
+        self._waiting: list[Want] = []
+        self._lookahead = _LOOKAHEAD if context.needs.vary else 1
+        self._limit_reached = ""
+        self._drained = False
+        self._control_at = context.clock()
         # Runs that are in another launcher's hands, and when to look at them again.
         self._later: deque[tuple[float, Plan]] = deque()
-        # By the index of the point that is doing them: points that ask for the same run.
-        self._repeats: dict[int, list[Plan]] = {}
-        self._first_in: dict[str, int] = {}
         self._server_deaths = 0
-        self.returns: list[QueueJobReturn | None] = [None] * len(points)
-        # What the code was when the runs that answer were done.
-        self.answered_by: set[Versions] = set()
-        # Runs whose final record is not on the disk.
-        self.unsaved = 0
+        self.answers = Answers(context, len(points), first_num)
 
     @property
     def stopping(self) -> bool:
         return bool(self._signals.received)
 
+    @property
+    def closed(self) -> str:
+        """Why nothing more is started, although no signal has come; empty while there is no why."""
+        return self._limit_reached or ("The queue was drained." if self._drained else "")
+
     def run(self) -> None:
         """Go on until every point is answered, or until a signal has ended every job."""
         self._selector.register(self._signals, selectors.EVENT_READ)
         try:
+            self._obey()
             while True:
                 self._fill()
-                if not self._jobs and (self.stopping or self._nothing_left()):
+                if not self._jobs and (self.stopping or self.closed or self._nothing_left()):
                     break
+                self._wait()
+            while self._context.places.releasing and not self.stopping:
                 self._wait()
         finally:
             for job in self._jobs.values():
@@ -123,26 +98,57 @@ class Scheduler:
             self._selector.close()
 
     def _nothing_left(self) -> bool:
-        return self._exhausted and self._next is None and not self._later and not self._repeats
+        waits = self._waiting or self._later or self.answers.any_repeats
+        return self._exhausted and not waits
 
     # --- starting ---
 
     def _fill(self) -> None:
-        while not self.stopping:
+        while not (self.stopping or self.closed or self._context.control.queue != "run"):
+            self._line_up()
+            if not self._waiting:
+                return
+            given = self._context.places.fill(self._waiting)
+            if not given:
+                self._give_up_if_hopeless()
+                return
+            for want, place in given:
+                self._waiting.remove(want)
+                self._start(want.key, place)
+
+    def _line_up(self) -> None:
+        """Have as many runs waiting as are looked at together."""
+        while len(self._waiting) < self._lookahead:
             plan = self._take_plan()
             if plan is None:
                 return
-            slot = self._context.slots.take()
-            if slot is None:
-                self._next = plan
-                return
-            self._start(plan, slot)
+            try:
+                need = self._need(plan)
+            except Exception as error:  # noqa: BLE001 - the run's own failure; the others go on
+                self.answers.cannot_start(plan.index, plan.num, plan.overrides, error)
+                self._count_failure()
+                continue
+            self._waiting.append(Want(need, self._context.clock(), Try(plan)))
+
+    def _need(self, plan: Plan) -> Need:
+        context = self._context
+        need = context.needs.of(
+            plan.who.hyperparams, lambda: context.composer.compose(plan.overrides)
+        )
+        reason = context.places.impossible(need)
+        if reason:
+            msg = f"This run will never find a place: {reason}. Ask for less."
+            raise SweepError(msg)
+        return need
+
+    def _give_up_if_hopeless(self) -> None:
+        reason = "" if self._jobs else self._context.places.hopeless()
+        if reason:
+            msg = f"Nothing can run any more: {reason}. The same command again goes on."
+            raise SweepError(msg)
 
     def _take_plan(self) -> Plan | None:
         """The next plan that needs a job; those that are answered already are dealt with."""
-        if self._next is not None:
-            waiting, self._next = self._next, None
-            return waiting
         for _ in range(_POINTS_AT_A_TIME):
             point = next(self._coming, None)
             if point is None:
@@ -158,54 +164,47 @@ class Scheduler:
         return None
 
     def _plan(self, index: int, overrides: Sequence[str]) -> Plan | None:
-        num = self._first_num + index
+        num, answers = self._first_num + index, self.answers
         try:
             plan = self._context.planner.plan(index, num, overrides)
         except Exception as error:  # noqa: BLE001 - the point's own failure; the others go on
-            self._cannot_start(index, num, overrides, error)
+            answers.cannot_start(index, num, overrides, error)
+            self._count_failure()
             return None
         if plan.done is not None:
-            self._answer(plan, plan.done)
+            answers.take_recorded(plan, plan.done)
             return None
-        first = self._first_in.setdefault(str(plan.directory), index)
-        if first != index:
-            self._repeats.setdefault(first, []).append(plan)
-            if self.returns[first] is not None:
-                self._answer_repeats(first)
+        if answers.is_repeat(plan):
             return None
         self._context.sweep.add_run(num, plan.directory)
         return plan
 
-    def _cannot_start(
-        self, index: int, num: int, overrides: Sequence[str], error: Exception
-    ) -> None:
-        result = QueueJobReturn(self._context.composer, overrides, num, "")
-        result.fail(error)
-        self.returns[index] = result
-        record = RunRecord(
-            model_name=" ".join(overrides),
-            sweep_id=self._context.sweep.sweep_id,
-            index=num,
-            overrides=tuple(overrides),
-            state=RunState.FAILED,
-            error=ErrorInfo.of(error),
-        )
-        self._context.sweep.add_unstarted(record)
-        self._context.progress.end(index, overrides, record, "")
-
-    def _start(self, plan: Plan, slot: Slot) -> None:
-        context = self._context
-        request = context.planner.request(plan, slot, context.threads, context.sweep)
+    def _start(self, run: Try, place: Place) -> None:
+        context, plan = self._context, run.plan
+        request = self._request(run, place)
         try:
-            link = context.server.start(request)
+            link = context.server.start(request, place.lease_descriptors)
         except OSError:
             self._restart_server()
             # The new server may start jobs in another way, which needs other things.
-            request = context.planner.request(plan, slot, context.threads, context.sweep)
-            link = context.server.start(request)
-        self._jobs[plan.index] = _Job(plan, slot, link, request)
+            request = self._request(run, place)
+            link = context.server.start(request, place.lease_descriptors)
+        self._jobs[plan.index] = Job(run, place, link, request)
         self._selector.register(link, selectors.EVENT_READ, plan.index)
-        context.progress.start(plan.index, request.record.model_name, str(slot))
+        context.progress.start(plan.index, request.record.model_name, str(place))
+
+    def _request(self, run: Try, place: Place) -> JobRequest:
+        context = self._context
+        totals = context.places.totals(place)
+        return context.planner.request(
+            run.plan,
+            place,
+            totals,
+            context.threads,
+            context.sweep,
+            attempt=run.number,
+            cpu_only=not context.places.gpus,
+        )
 
     def _restart_server(self) -> None:
         self._server_deaths += 1
@@ -219,24 +218,84 @@ class Scheduler:
     # --- waiting ---
 
     def _wait(self) -> None:
-        for key, _ in self._selector.select(self._patience()):
+        places = self._context.places
+        descriptor = places.fileno()
+        if descriptor is not None:  # it changes when its process had to be replaced
+            self._selector.register(descriptor, selectors.EVENT_READ, places)
+        try:
+            ready = self._selector.select(self._patience())
+        finally:
+            if descriptor is not None:
+                self._selector.unregister(descriptor)
+        for key, _ in ready:
             if key.fileobj is self._signals:
                 self._signals.drain()
-                for job in self._jobs.values():
-                    job.link.stop()
-            else:
+                self._stop_all()
+            elif key.data is places:
+                places.receive()
+            elif key.data in self._jobs:
                 self._hear(self._jobs[key.data])
+        places.check()
+        self._pass_on()
+        self._obey()
         self._context.progress.tick()
 
+    def _stop_all(self) -> None:
+        for job in self._jobs.values():
+            job.link.stop()
+        self._context.progress.stopping(len(self._jobs))
+
+    def _pass_on(self) -> None:
+        """Tell keepers what was seen of their jobs' GPUs."""
+        changed = self._context.places.take_changed()
+        lost = self._context.places.take_lost()
+        if not (changed or lost):
+            return
+        by_place = {id(job.place): job for job in self._jobs.values()}
+        for place in changed:
+            if (job := by_place.get(id(place))) is not None:
+                job.link.tell_usage(usage_of(place))
+        for place in lost:
+            if (job := by_place.get(id(place))) is not None:
+                job.link.stop(Cause.GPU_LOST.name)
+
+    def _obey(self) -> None:
+        """Look for what the user has ordered by ``orchestrator-status``."""
+        now, control, progress = (
+            self._context.clock(),
+            self._context.control,
+            self._context.progress,
+        )
+        if now < self._control_at:
+            return
+        self._control_at = now + _CONTROL_INTERVAL_S
+        before = control.queue
+        if not control.poll():
+            return
+        if control.problem:
+            progress.say(control.problem)
+        self._context.places.close_gpus(control.gpus)
+        if control.queue == before:
+            return
+        self._drained = control.queue == "drain"
+        progress.say(_ORDERS[control.queue])
+
     def _patience(self) -> float | None:
-        if not self._exhausted and self._next is None:
+        if not self._exhausted and not self._waiting and not self._is_closed():
             return 0.0  # many points were answered: look up for a moment, then go on
-        waits = [self._context.progress.interval()]
-        if self._later and self._exhausted and self._next is None:
+        waits = [
+            self._context.progress.interval(),
+            self._context.places.patience(),
+            _CONTROL_INTERVAL_S,
+        ]
+        if self._later and self._exhausted and not self._waiting:
             waits.append(max(self._later[0][0] - self._context.clock(), 0.01))
         return min((wait for wait in waits if wait is not None), default=None)
 
-    def _hear(self, job: _Job) -> None:
+    def _is_closed(self) -> bool:
+        return bool(self.stopping or self.closed or self._context.control.queue != "run")
+
+    def _hear(self, job: Job) -> None:
         for message in job.link.inbox.receive():
             self._take(job, message)
         if job.answered or job.link.inbox.closed:
@@ -247,9 +306,10 @@ class Scheduler:
             if not job.answered:
                 self._bury(job)
 
-    def _take(self, job: _Job, message: Any) -> None:
+    def _take(self, job: Job, message: Any) -> None:
         if isinstance(message, Started):
             job.pid, job.pid_started = message.pid, message.pid_started
+            self._context.places.started(job.place, message.keeper)
         elif isinstance(message, Exited):
             # The next job starts before this one's record is written.
             self._release(job)
@@ -265,99 +325,65 @@ class Scheduler:
             job.answered = True
             self._end(job, message)
 
-    def _release(self, job: _Job) -> None:
-        if job.slot is not None:
-            self._context.slots.give_back(job.slot)
-            job.slot = None
+    def _release(self, job: Job) -> None:
+        if not job.released:
+            job.released = True
+            self._context.places.give_back(job.place)
 
     # --- ending ---
 
-    def _result(self, plan: Plan) -> QueueJobReturn:
-        result = QueueJobReturn(
-            self._context.composer, plan.overrides, plan.num, str(plan.directory)
-        )
-        self.returns[plan.index] = result
-        self._answer_repeats(plan.index)
-        return result
-
-    def _answer(self, plan: Plan, record: RunRecord) -> None:
-        """A finished run answers; nothing is started."""
-        self._context.sweep.add_run(plan.num, plan.directory)
-        self._result(plan).take(record, None)
-        self.answered_by.add(record.versions)
-        self._context.progress.skip(plan.overrides)
-
-    def _answer_repeats(self, first: int) -> None:
-        """The same run was asked for twice in one sweep: it is run once and answers both."""
-        for plan in self._repeats.pop(first, ()):
-            self.returns[plan.index] = self.returns[first]
-            self._context.progress.repeat(plan.overrides)
-
-    def _end(self, job: _Job, message: Ended) -> None:
+    def _end(self, job: Job, message: Ended) -> None:
+        record, answers = message.record, self.answers
         if message.skipped:
             self._context.progress.running.pop(job.plan.index, None)
-            self._answer(job.plan, message.record)
+            answers.take_recorded(job.plan, record)
             return
-        self.unsaved += not message.saved
-        self._context.planner.remember(job.plan, message.record)
-        self._result(job.plan).take(message.record, message.value)
-        if message.warning:
-            self._context.progress.say(f"{message.record.model_name}: {message.warning}")
+        if record.state is RunState.COMPLETED:
+            self._context.needs.learn(record.hyperparams, record.peak_gpu_memory_gb)
+        elif self._try_again(job, record):
+            return
+        answers.take(job.plan, message)
+        if record.state not in (RunState.COMPLETED, RunState.CANCELLED):
+            self._count_failure()
+
+    def _count_failure(self) -> None:
+        context = self._context
+        context.failures += 1
+        if not self._is_closed() and context.limit.reached(context.failures):
+            self._limit_reached = context.limit.sentence(context.failures)
+            context.progress.say(self._limit_reached)
+
+    def _try_again(self, job: Job, record: RunRecord) -> bool:
+        """Whether a run that failed goes back into the queue."""
+        context, number = self._context, job.run.number
+        if self._is_closed():
+            return False
+        run = RunDir(job.plan.directory)
+        log = tail(run.stdout, _LOG_TAIL_BYTES) + tail(run.stderr, _LOG_TAIL_BYTES)
+        cause = cause_of(record, log[-_LOG_TAIL_BYTES:], oom_killed=bool(context.oom_kills.rose()))
+        if cause is None or not context.retry.again(record, cause, number):
+            return False
+        need = job.place.need
+        if cause is Cause.OOM and job.place.gpus:
+            need = after_oom(need, context.places.largest())
+        # It has had its turn before: it goes first.
+        self._waiting.insert(0, Want(need, context.clock(), Try(job.plan, number + 1)))
         directory = str(job.plan.directory)
-        self._context.progress.end(job.plan.index, job.plan.overrides, message.record, directory)
-        self._context.sweep.write_partial_now_and_then()
+        how = f"trying again ({cause.value}; {number} of {context.retry.retries}{described(need)})"
+        context.progress.retry(job.plan.index, record, directory, how)
+        return True
 
-    def _bury(self, job: _Job) -> None:
+    def _bury(self, job: Job) -> None:
         """The keeper was killed: nobody else will write this run's final record."""
-        asked, run = job.request.record, RunDir(job.plan.directory)
-        self._end_with_keeper(job)
-        error = ErrorInfo("KeeperDied", "the process that looked after the run was killed")
-        lost = asked.advance(RunState.LOST, ended_at=time.time(), error=error)
-        try:
-            lock = _lock_after_death(run, asked)
-            if lock is None:  # another launcher was faster
-                self._later.append((self._context.clock() + _BUSY_INTERVAL_S, job.plan))
-                return
-            try:
-                self._end(job, Ended(_last_word(run, asked, lost)))
-            finally:
-                lock.release()
-        except OSError as failure:
-            self._end(job, Ended(lost, None, f"no record could be written: {failure}", saved=False))
-
-    def _end_with_keeper(self, job: _Job) -> None:
-        """See that the job is dead, which on Linux the kernel has seen to already."""
-        give_up = time.monotonic() + _LAST_WAIT_S
-        while job.pid is not None and is_alive(job.pid, job.pid_started):
-            if time.monotonic() > give_up:
-                return
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(job.pid, signal.SIGKILL)  # it leads a group of its own
-            time.sleep(0.01)
+        ended = bury(job.plan.directory, job.request.record, job.pid, job.pid_started)
+        if ended is None:  # another launcher was faster
+            self._later.append((self._context.clock() + _BUSY_INTERVAL_S, job.plan))
+        else:
+            self._end(job, ended)
 
 
-def _lock_after_death(run: RunDir, asked: RunRecord) -> RunLock | None:
-    """The lock of a run whose keeper is dead; what the job left behind may hold it a moment more."""
-    give_up = time.monotonic() + _LAST_WAIT_S
-    while (lock := RunLock.acquire(run)) is None:
-        record = run.try_read()
-        if record is None or record.sweep_id != asked.sweep_id or time.monotonic() > give_up:
-            return None
-        time.sleep(0.01)
-    return lock
-
-
-def _last_word(run: RunDir, asked: RunRecord, lost: RunRecord) -> RunRecord:
-    """The final record of a run whose keeper is dead, written if the keeper had not."""
-    record = run.try_read()
-    ours = record is not None and (record.sweep_id, record.index) == (asked.sweep_id, asked.index)
-    if record is None or not ours:
-        # It died before it had begun.
-        attempts = run.begin_attempt()
-        final = msgspec.structs.replace(lost, attempts=attempts)
-    elif record.state.is_final:
-        return record
-    else:
-        final = record.advance(RunState.LOST, ended_at=lost.ended_at, error=lost.error)
-    run.write(final)
-    return final
+_ORDERS = {
+    "run": "The queue goes on.",
+    "pause": "The queue is paused: what runs goes on, nothing is started until it is resumed.",
+    "drain": "The queue is being drained: the sweep ends when what runs has ended.",
+}

@@ -11,12 +11,12 @@ import threading
 
 import pytest
 
-from orchestrator.queue import scheduler
+from orchestrator.queue import burial
 from orchestrator.queue.job import THREAD_VARIABLES
 from orchestrator.queue.keeper import Keeper
 from orchestrator.queue.launcher import _threads, cores
+from orchestrator.queue.resources import make_places
 from orchestrator.queue.settings import GpuQueueSettings
-from orchestrator.queue.slots import make_slots
 from orchestrator.queue.wire import Busy, Ended, Inbox, JobRequest
 from orchestrator.record import ErrorInfo, RunRecord, RunState
 from orchestrator.store import RunDir, RunLock, own_directory
@@ -39,12 +39,13 @@ A = "a" * 32
 )
 def test_a_setting_out_of_its_range_is_named(name, value):
     with pytest.raises(SweepError, match=rf"hydra\.launcher\.{name} is {value}; expected "):
-        make_slots(GpuQueueSettings(gpus=[], **{name: value}))
+        make_places(GpuQueueSettings(gpus=[], **{name: value}), None, print)
 
 
 def test_settings_at_the_end_of_their_range():
-    slots, _ = make_slots(GpuQueueSettings(gpus=[], kill_grace_s=0, threads=1, timeout_s=0.1))
-    assert slots.size == cores()
+    settings = GpuQueueSettings(gpus=[], kill_grace_s=0, threads=1, timeout_s=0.1)
+    places, _ = make_places(settings, None, print)
+    assert places.size == cores()
 
 
 def test_nothing_runs_with_a_setting_out_of_its_range(sandbox):
@@ -316,7 +317,7 @@ def test_a_keeper_leaves_a_run_alone_that_is_done_or_in_other_hands(keep, run):
 def last_word(run):
     asked = _record(RunState.PENDING, "now")
     lost = asked.advance(RunState.LOST, ended_at=9.0, error=ErrorInfo("KeeperDied", "killed"))
-    final = scheduler._last_word(run, asked, lost)
+    final = burial.last_word(run, asked, lost)
     assert run.read() == final
     return final
 
@@ -364,12 +365,12 @@ def test_a_run_of_a_dead_keeper_may_be_in_another_launchers_hands(run):
     asked = _record(RunState.PENDING, "now")
     run.write(_record(RunState.RUNNING, "others"))
     lock = RunLock.acquire(run)
-    assert scheduler._lock_after_death(run, asked) is None
+    assert burial._lock_after_death(run, asked) is None
     # While it is our own, it is what the job has left behind that holds it.
     run.write(_record(RunState.RUNNING, "now"))
     timer = threading.Timer(0.2, lock.release)
     timer.start()
-    mine = scheduler._lock_after_death(run, asked)
+    mine = burial._lock_after_death(run, asked)
     timer.join()
     assert mine is not None
     mine.release()

@@ -1,0 +1,107 @@
+"""Whose memory is on a GPU: a job's, another sweep's, or somebody else's. Memory in bytes.
+
+NVML names processes by their pids in the machine's first pid namespace. There a process
+belongs to the job from whose keeper it descends. In a container NVML shows pids of outside,
+or none: what the use of the GPU has grown by is then shared out among the jobs on it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from orchestrator.queue.gpus import GpuSnapshot
+
+# Linux gives its first pid namespace this number.
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
+_MAX_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The memory of one GPU by whom it belongs to."""
+
+    # By root process.
+    seen: Mapping[int, int] = field(default_factory=dict)
+    pids: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    # Of all sweeps together.
+    by_sweeps: int = 0
+    # Whether some process belongs to no sweep; None where that cannot be told.
+    foreign: bool | None = None
+
+
+def in_first_pid_namespace() -> bool:
+    """Whether NVML's pids are certainly those that this process sees."""
+    try:
+        return os.readlink("/proc/self/ns/pid") == _FIRST_PID_NAMESPACE  # noqa: PTH115
+    except OSError:
+        return False
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - often called
+            text = file.read()
+    except OSError:
+        return None
+    return int(text[text.rindex(b")") + 2 :].split()[1])
+
+
+def root_of(
+    pid: int, roots: Collection[int], parent: Callable[[int], int | None] = parent_of
+) -> int | None:
+    """The one of ``roots`` that a process descends from (or is); None if it does from none."""
+    current: int | None = pid
+    for _ in range(_MAX_DEPTH):
+        if current is None or current <= 1:
+            return None
+        if current in roots:
+            return current
+        current = parent(current)
+    return None
+
+
+def by_pids(
+    snapshot: GpuSnapshot,
+    roots: Collection[int],
+    known: Mapping[int, int],
+    parent: Callable[[int], int | None] = parent_of,
+) -> Shares:
+    """Share out by processes.
+
+    Args:
+        snapshot: the GPU.
+        roots: the keepers of the jobs of all sweeps.
+        known: the roots of processes that were looked at before, and may be dead by now.
+        parent: gives a process's parent.
+    """
+    seen: dict[int, int] = {}
+    pids: dict[int, frozenset[int]] = {}
+    foreign = False
+    for process in snapshot.processes or ():
+        root = root_of(process.pid, roots, parent) or known.get(process.pid)
+        if root is None:
+            foreign = True
+            continue
+        seen[root] = seen.get(root, 0) + (process.memory or 0)
+        pids[root] = pids.get(root, frozenset()) | {process.pid}
+    return Shares(seen, pids, sum(seen.values()), foreign)
+
+
+def by_growth(snapshot: GpuSnapshot, roots: Collection[int], baseline: int, jobs: int) -> Shares:
+    """Share out evenly what the use has grown by since no job was on the GPU.
+
+    Args:
+        snapshot: the GPU.
+        roots: the keepers of this sweep's jobs on it.
+        baseline: what was in use while no sweep had a job there.
+        jobs: how many jobs all sweeps have there.
+    """
+    growth = max(snapshot.used - baseline, 0)
+    share = growth // max(jobs, 1)
+    return Shares(dict.fromkeys(roots, share), {}, growth if jobs else 0)

@@ -1,0 +1,385 @@
+"""The places of jobs on GPUs: what is free, what is promised, what is not free again yet.
+
+A job's GPUs are its own from the decision until its memory is really gone. Times are seconds
+of the monotonic clock, memory is in bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from orchestrator.queue.assign import Load, Rules, impossible, schedule, why_not
+from orchestrator.queue.gpu_view import GpuView
+from orchestrator.queue.leases import Kind
+from orchestrator.queue.places import Place, Places, Use, Want
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from orchestrator.queue.gpus import Gpu
+    from orchestrator.queue.leases import Lease, LeaseTables
+    from orchestrator.queue.needs import Need
+    from orchestrator.queue.watcher import GpuWatcher, Reading
+
+# A decision rests on a reading that is no older (see `gpu_view.SETTLED_S`).
+_FRESH_S = 1.0
+# How often NVML is read: while jobs run, while others' jobs are waited for, while memory is
+# about to be free; and while it does not answer.
+_RUNNING_S, _WAITING_S, _RELEASING_S, _SILENT_S = 1.0, 0.2, 0.03, 1.0
+_LOCK_RETRY_S = 0.005
+_LOCK_COMPLAINT_S = 10.0
+# After this long a waiting job is made known to other sweeps, and to the user.
+_CLAIM_S = 10.0
+_EXPLAIN_S, _EXPLAIN_AGAIN_S = 10.0, 600.0
+# No GPU at all for so long: nothing more will start.
+_HOPELESS_S = 120.0
+
+
+class GpuPlaces(Places):
+    """Gives GPUs to jobs.
+
+    Args:
+        gpus: those of this sweep.
+        rules: what it accepts on each.
+        size: jobs at a time.
+        watcher: reads NVML; None goes by counts alone.
+        tables: shared with other sweeps; None as if alone.
+        stagger_s: least time between two starts on a GPU.
+        release_timeout_s: how long to wait for a finished job's memory.
+        say: tells the user.
+        clock: the time.
+    """
+
+    def __init__(
+        self,
+        gpus: Sequence[Gpu],
+        rules: Rules,
+        size: int,
+        watcher: GpuWatcher | None,
+        tables: LeaseTables | None,
+        *,
+        stagger_s: float = 0.0,
+        release_timeout_s: float = 30.0,
+        say: Callable[[str], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(size)
+        self.gpus = tuple(gpus)
+        self.say = say
+        self._rules = rules
+        self._watcher = watcher
+        self._tables = tables
+        self._stagger_s = stagger_s
+        self._release_timeout_s = release_timeout_s
+        self._clock = clock
+        self._view = GpuView(gpus, tables, say)
+        self._places: list[Place] = []
+        self._asked_at = float("-inf")
+        self._held: frozenset[str] = frozenset()
+        self._claims: dict[str, Lease] = {}
+        self._first: Want | None = None
+        self._lock_asked: float | None = None
+        self._retry_at: float | None = None
+        self._explained_at: float | None = None
+        self._no_gpu_since: float | None = None
+
+    # --- giving ---
+
+    def fill(self, wants: Sequence[Want]) -> list[tuple[Want, Place]]:
+        on_cores = [want for want in wants if want.need.gpus == 0]
+        given = super().fill(on_cores)
+        waiting = [want for want in wants if want.need.gpus > 0]
+        seats = self.size - self._seated
+        if not waiting or seats <= 0:
+            self._nobody_waits()
+            return given
+        if not self._can_decide(waiting[0]):
+            return given
+        try:
+            given += self._decide(waiting, seats)
+        finally:
+            if self._tables is not None:
+                self._tables.unlock()
+        return given
+
+    def _can_decide(self, first: Want) -> bool:
+        """Whether there is a fresh reading and, which it then holds, the lock of the tables."""
+        now = self._clock()
+        if self._watcher is not None and now - self._view.read_at > _FRESH_S:
+            self._first = self._first or first
+            if not self._view.error:  # else it is asked from time to time
+                self._ask()
+            return False
+        self._retry_at = None
+        if self._tables is None or self._tables.try_lock():
+            self._lock_asked = None
+            return True
+        self._retry_at = now + _LOCK_RETRY_S
+        if self._lock_asked is None:
+            self._lock_asked = now
+        elif now - self._lock_asked > _LOCK_COMPLAINT_S:
+            self._lock_asked = now
+            self.say(
+                f"The lease tables have been locked for {_LOCK_COMPLAINT_S:.0f} s "
+                f"({self._tables.holder_hint()}); waiting. hydra.launcher.leases=false does not "
+                "share GPUs with other sweeps."
+            )
+        return False
+
+    def _decide(self, waiting: list[Want], seats: int) -> list[tuple[Want, Place]]:
+        loads = self._loads(waiting[0].since)
+        needs = [want.need for want in waiting]
+        chosen, held = schedule(loads, needs, self._rules, self._held)
+        given = [(waiting[n], self._occupy(waiting[n].need, gpus)) for n, gpus in chosen[:seats]]
+        self._seated += len(given)
+        left = [want for n, want in enumerate(waiting) if n not in {n for n, _ in chosen}]
+        if left:
+            self._wait_for(left[0], held, loads)
+        else:
+            self._nobody_waits()
+        return given
+
+    def _occupy(self, need: Need, gpus: tuple[Gpu, ...]) -> Place:
+        now = self._clock()
+        place = Place(need, gpus, now)
+        for gpu in gpus:
+            state = self._view.states[gpu.uuid]
+            state.last_start = now
+            use = place.uses[gpu.uuid] = Use()
+            if self._tables is not None:
+                use.lease = self._tables.add(
+                    gpu.uuid,
+                    Kind.RUN,
+                    limit=1 if need.alone else self._rules.per_gpu,
+                    reserved=need.memory or 0,
+                    since=now,
+                )
+        self._places.append(place)
+        return place
+
+    def _loads(self, since: float) -> list[Load]:
+        return [self._load(gpu, since) for gpu in self.gpus]
+
+    def _load(self, gpu: Gpu, since: float) -> Load:
+        state, now = self._view.states[gpu.uuid], self._clock()
+        own = [place for place in self._places if gpu.uuid in place.uses]
+        others = self._view.others(gpu.uuid)
+        running = [entry for entry in others if entry.kind is Kind.RUN]
+        limits = [entry.limit for entry in running]
+        limits += [1 if place.need.alone else self._rules.per_gpu for place in own]
+        snapshot = state.snapshot
+        total = snapshot.total if snapshot else 0
+        reserved = sum(entry.reserved for entry in running)
+        starts = [state.last_start, *(entry.since for entry in running)]
+        return Load(
+            gpu,
+            total=total,
+            used=snapshot.used if snapshot else 0,
+            free=snapshot.free if snapshot else 0,
+            measured=snapshot is not None,
+            reserved=reserved + sum(_reserved(place, gpu.uuid) for place in own),
+            expected=reserved + sum(self._expected(place, gpu.uuid, total) for place in own),
+            processes=len(own) + len(running),
+            limit=min(limits, default=None),
+            by_sweeps=state.shares.by_sweeps,
+            foreign=state.foreign,
+            usable=state.usable,
+            ready=now - max(starts) >= self._stagger_s,
+            awaited=any(e.kind is Kind.WAIT and e.since < since for e in others),
+        )
+
+    def _expected(self, place: Place, uuid: str, total: int) -> int:
+        if place.need.memory is None and not place.uses[uuid].seen and place.ended_at is None:
+            return total // self._rules.per_gpu
+        return _reserved(place, uuid)
+
+    # --- waiting ---
+
+    def _wait_for(self, first: Want, held: frozenset[str], loads: Sequence[Load]) -> None:
+        now, self._first, self._held = self._clock(), first, held
+        if now - first.since > _CLAIM_S:
+            self._claim(held, first.since)
+        if self._explained_at is None:
+            self._explained_at = now + _EXPLAIN_S - _EXPLAIN_AGAIN_S
+        elif not self._seated and now - self._explained_at > _EXPLAIN_AGAIN_S:
+            self._explained_at = now
+            reasons = "; ".join(
+                f"GPU {x.gpu.label}: {why_not(x, first.need, self._rules)}" for x in loads
+            )
+            self.say(f"Waiting for {first.need.gpus} of the GPUs. {reasons}.")
+
+    def _claim(self, uuids: frozenset[str], since: float) -> None:
+        """Tell other sweeps which GPUs the first of the waiting has waited for, since when."""
+        for uuid in self._claims.keys() - uuids:
+            self._claims.pop(uuid).release()
+        if self._tables is not None:
+            for uuid in uuids - self._claims.keys():
+                self._claims[uuid] = self._tables.add(
+                    uuid, Kind.WAIT, limit=self._rules.per_gpu, reserved=0, since=since
+                )
+
+    def _nobody_waits(self) -> None:
+        self._first, self._held, self._explained_at = None, frozenset(), None
+        self._lock_asked = self._retry_at = None
+        for claim in self._claims.values():
+            claim.release()
+        self._claims.clear()
+
+    def impossible(self, need: Need) -> str:
+        return impossible([(gpu, self._view.states[gpu.uuid].total) for gpu in self.gpus], need)
+
+    def largest(self) -> int:
+        return max((state.total for state in self._view.states.values()), default=0)
+
+    def totals(self, place: Place) -> list[int]:
+        return [self._view.states[gpu.uuid].total for gpu in place.gpus]
+
+    # --- taking back ---
+
+    def started(self, place: Place, root: int) -> None:
+        place.root = root
+        for use in place.uses.values():
+            if use.lease is not None:
+                use.lease.update(root=root)
+
+    def give_back(self, place: Place) -> None:
+        super().give_back(place)
+        if not place.gpus:
+            return
+        place.ended_at = self._clock()
+        for use in place.uses.values():
+            if use.lease is not None:
+                use.lease.update(reserved=0)
+        if self._watcher is None:
+            self._release(place)
+        else:
+            # A reading that was begun before now says nothing about its memory.
+            self._ask()
+
+    def _release_what_is_free(self) -> None:
+        now = self._clock()
+        for place in [place for place in self._places if place.ended_at is not None]:
+            ended = place.ended_at or now
+            if all(self._view.is_free(place, gpu.uuid) for gpu in place.gpus):
+                self._release(place)
+            elif now - ended > self._release_timeout_s:
+                self._release(place)
+                self.say(
+                    f"Memory of a job on {place} is still in use {now - ended:.0f} s after its "
+                    "end; going on without waiting for it (release_timeout_s)."
+                )
+
+    def _release(self, place: Place) -> None:
+        self._places.remove(place)
+        self._view.changed.pop(place, None)
+        for use in place.uses.values():
+            if use.lease is not None:
+                use.lease.release()
+
+    # --- watching ---
+
+    def fileno(self) -> int | None:
+        return None if self._watcher is None else self._watcher.fileno()
+
+    def receive(self) -> None:
+        reading = None if self._watcher is None else self._watcher.receive()
+        if reading is not None:
+            self.take_in(reading)
+
+    @property
+    def releasing(self) -> bool:
+        return any(place.ended_at is not None for place in self._places)
+
+    def take_in(self, reading: Reading) -> None:
+        """Learn from a reading of all GPUs."""
+        self._view.take_in(reading, self._places)
+        self._release_what_is_free()
+        if self._view.any_answers:
+            self._no_gpu_since = None
+        elif self._no_gpu_since is None:
+            self._no_gpu_since = self._clock()
+
+    def check(self) -> None:
+        if self._watcher is None:
+            return
+        now = self._clock()
+        reading = self._watcher.check(now)
+        if reading is not None:
+            self.take_in(reading)
+        interval = self._interval()
+        if interval is not None and now >= self._asked_at + interval:
+            self._ask()
+        self._release_what_is_free()
+
+    def _ask(self) -> None:
+        if self._watcher is not None and not self._watcher.outstanding:
+            self._asked_at = self._clock()
+            self._watcher.ask()
+
+    def _interval(self) -> float | None:
+        if self._view.error:
+            return _SILENT_S if self._places or self._first is not None else None
+        if self.releasing:
+            return _RELEASING_S
+        if self._first is not None:
+            return _WAITING_S
+        return _RUNNING_S if self._places else None
+
+    def patience(self) -> float | None:
+        now = self._clock()
+        due = [self._retry_at] if self._retry_at is not None else []
+        if self._watcher is None:
+            # By counts alone, other sweeps' ends are seen only by looking.
+            if self._first is not None and (self._tables is not None or self._stagger_s):
+                due.append(now + _WAITING_S)
+        elif self._watcher.outstanding:
+            deadline = self._watcher.deadline()
+            due += [deadline] if deadline is not None else []
+        else:
+            interval = self._interval()
+            due += [self._asked_at + interval] if interval is not None else []
+        return max(min(due) - now, 0.0) if due else None
+
+    def take_lost(self) -> list[Place]:
+        lost, self._view.lost = self._view.lost, []
+        return lost
+
+    def take_changed(self) -> list[Place]:
+        changed = list(self._view.changed)
+        self._view.changed.clear()
+        return changed
+
+    def hopeless(self) -> str:
+        since = self._no_gpu_since
+        if since is None or self._clock() - since < _HOPELESS_S:
+            return ""
+        return f"no GPU has answered for {_HOPELESS_S:.0f} s ({self._view.error or 'all are lost'})"
+
+    # --- by the user ---
+
+    def close_gpus(self, words: Mapping[str, str]) -> None:
+        for gpu in self.gpus:
+            state, word = self._view.states[gpu.uuid], words.get(gpu.uuid, "")
+            if word != state.closed:
+                state.closed = word
+                text = {"": "takes jobs again", "pause": "is paused", "drain": "is being drained"}
+                self.say(f"GPU {gpu.label} {text.get(word, word)}.")
+
+    def runs_on(self, uuid: str) -> bool:
+        """Whether a job of this sweep is on a GPU, or its memory still is."""
+        return any(uuid in place.uses for place in self._places)
+
+    def close(self) -> None:
+        self._nobody_waits()
+        for place in list(self._places):
+            self._release(place)
+        if self._tables is not None:
+            self._tables.close()
+
+
+def _reserved(place: Place, uuid: str) -> int:
+    """What a job was promised and does not use yet."""
+    if place.ended_at is not None or place.need.memory is None:
+        return 0
+    return max(place.need.memory - place.uses[uuid].seen, 0)

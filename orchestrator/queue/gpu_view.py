@@ -1,0 +1,192 @@
+"""What is known of the GPUs of a sweep: the last look at each, and who uses what there.
+
+Times are seconds of the monotonic clock, memory is in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from orchestrator.queue.attribution import Shares, by_growth, by_pids, in_first_pid_namespace
+from orchestrator.queue.leases import Kind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from orchestrator.queue.gpus import Gpu, GpuSnapshot
+    from orchestrator.queue.leases import Entry, LeaseTables
+    from orchestrator.queue.places import Place
+    from orchestrator.queue.watcher import Reading
+
+# Reservations that others read shrink when the memory has been in use for so long, which is
+# longer than any reading is old that a decision rests on: nobody then counts neither of both.
+SETTLED_S = 2.0
+# How many readings in a row must say that a GPU is lost.
+_LOST_READINGS = 2
+# What a driver keeps for itself on an idle GPU at most.
+_IDLE_BYTES = 256_000_000
+# By how much a peak has to rise to be told.
+_TOLD_SHARE = 0.02
+
+
+@dataclass
+class GpuState:
+    """What is known of one GPU."""
+
+    snapshot: GpuSnapshot | None = None
+    shares: Shares = field(default_factory=Shares)
+    # In use while no sweep had a job there.
+    baseline: int | None = None
+    foreign: bool = False
+    lost_readings: int = 0
+    lost: bool = False
+    error: str = ""
+    # "pause" or "drain", by the user.
+    closed: str = ""
+    last_start: float = float("-inf")
+
+    @property
+    def usable(self) -> bool:
+        return not (self.lost or self.error or self.closed)
+
+    @property
+    def total(self) -> int:
+        """Its memory; 0 where that is not known."""
+        return 0 if self.snapshot is None else self.snapshot.total
+
+
+class GpuView:
+    """Learns from readings of NVML and from the tables of other sweeps.
+
+    Args:
+        gpus: those of this sweep.
+        tables: shared with other sweeps; None as if alone.
+        say: tells the user.
+    """
+
+    def __init__(
+        self, gpus: Sequence[Gpu], tables: LeaseTables | None, say: Callable[[str], None]
+    ) -> None:
+        self.gpus = tuple(gpus)
+        self.states = {gpu.uuid: GpuState() for gpu in gpus}
+        # When the last good reading was begun, and why there is none if there is none.
+        self.read_at = float("-inf")
+        self.error = ""
+        # Jobs whose GPU was lost; jobs whose use has changed enough to be told.
+        self.lost: list[Place] = []
+        self.changed: dict[Place, None] = {}
+        self._tables = tables
+        self._say = say
+        self._pids_tell = in_first_pid_namespace()
+
+    @property
+    def any_answers(self) -> bool:
+        return not self.error and any(not s.lost and not s.error for s in self.states.values())
+
+    def others(self, uuid: str) -> list[Entry]:
+        """What other sweeps have, or wait for, on a GPU."""
+        if self._tables is None:
+            return []
+        return [entry for entry in self._tables.entries(uuid) if not entry.mine]
+
+    def take_in(self, reading: Reading, places: Sequence[Place]) -> None:
+        """Learn from a reading; ``places`` are all that this sweep has."""
+        if reading.error != self.error:
+            self.error = reading.error
+            self._say(
+                f"NVML does not answer ({reading.error}); running jobs go on, none is started on "
+                "a GPU until it does."
+                if reading.error
+                else "NVML answers again."
+            )
+        if reading.error:
+            return
+        self.read_at = reading.time
+        found = {snapshot.gpu.uuid: snapshot for snapshot in reading.snapshots}
+        for gpu in self.gpus:
+            here = [place for place in places if gpu.uuid in place.uses]
+            self._look(gpu, found.get(gpu.uuid), here)
+
+    def _look(self, gpu: Gpu, snapshot: GpuSnapshot | None, own: Sequence[Place]) -> None:
+        state = self.states[gpu.uuid]
+        self._note_health(gpu, state, snapshot, own)
+        if snapshot is None or snapshot.lost or snapshot.error:
+            return
+        state.snapshot = snapshot
+        others = [entry for entry in self.others(gpu.uuid) if entry.kind is Kind.RUN]
+        if not own and not others:
+            state.baseline = snapshot.used
+        state.shares = self._share(gpu.uuid, snapshot, own, others)
+        if state.shares.foreign is not None:
+            state.foreign = state.shares.foreign
+        elif not own and not others:
+            state.foreign = bool(snapshot.processes) or snapshot.used > _IDLE_BYTES
+        for place in own:
+            if place.ended_at is None:
+                self._note_use(place, gpu.uuid, snapshot, state.shares)
+
+    def _note_health(
+        self, gpu: Gpu, state: GpuState, snapshot: GpuSnapshot | None, own: Sequence[Place]
+    ) -> None:
+        lost = snapshot is None or snapshot.lost
+        error = snapshot.error if snapshot is not None and not lost else ""
+        state.lost_readings = state.lost_readings + 1 if lost else 0
+        if lost and not state.lost and state.lost_readings >= _LOST_READINGS:
+            state.lost = True
+            why = snapshot.error if snapshot is not None else "NVML no longer lists it"
+            self._say(f"GPU {gpu.label} ({gpu.uuid}) is lost: {why}. Going on without it.")
+            self.lost += [place for place in own if place.ended_at is None]
+        elif not lost and state.lost:
+            state.lost = False
+            self._say(f"GPU {gpu.label} ({gpu.uuid}) is back.")
+        if error and not state.error:
+            self._say(f"GPU {gpu.label} cannot be read ({error}); no job is started there for now.")
+        state.error = error
+
+    def _share(
+        self, uuid: str, snapshot: GpuSnapshot, own: Sequence[Place], others: Sequence[Entry]
+    ) -> Shares:
+        roots = {place.root for place in own if place.root is not None}
+        known = {pid: p.root for p in own if p.root is not None for pid in p.uses[uuid].pids}
+        shares = by_pids(snapshot, roots | {e.root for e in others if e.root}, known)
+        if shares.pids and not self._pids_tell:
+            self._pids_tell = True
+        if self._pids_tell and snapshot.processes is not None:
+            return shares
+        baseline = self.states[uuid].baseline
+        if baseline is None:  # jobs of others were there before the first look
+            baseline = snapshot.used
+        return by_growth(snapshot, roots, baseline, len(own) + len(others))
+
+    def _note_use(self, place: Place, uuid: str, snapshot: GpuSnapshot, shares: Shares) -> None:
+        use, root = place.uses[uuid], place.root or -1
+        use.seen, use.used = shares.seen.get(root, 0), snapshot.used
+        use.pids |= shares.pids.get(root, frozenset())
+        use.looks.append((snapshot.time, use.seen))
+        while len(use.looks) > 1 and use.looks[1][0] <= snapshot.time - SETTLED_S:
+            use.looks.popleft()
+        if use.lease is not None and place.need.memory:
+            settled = use.looks[0][0] <= snapshot.time - SETTLED_S
+            least = min(seen for _, seen in use.looks) if settled else 0
+            use.lease.update(reserved=max(place.need.memory - least, 0))
+        if snapshot.utilization is not None:
+            place.busy += snapshot.utilization
+            place.looks += 1
+            self.changed[place] = None
+        if use.seen and use.seen > (place.peak or 0) * (1 + _TOLD_SHARE):
+            place.peak = use.seen
+            self.changed[place] = None
+
+    def is_free(self, place: Place, uuid: str) -> bool:
+        """Whether the memory of a job that has ended is free again, as far as can be seen."""
+        state, use, ended = self.states[uuid], place.uses[uuid], place.ended_at
+        snapshot = state.snapshot
+        if state.lost:
+            return True
+        if snapshot is None or ended is None or snapshot.time < ended or state.error:
+            return False
+        if self._pids_tell and snapshot.processes is not None:
+            return not use.pids.intersection(process.pid for process in snapshot.processes)
+        # No pids: it is gone when most of what the job had is.
+        return use.seen < _IDLE_BYTES // 4 or snapshot.used <= use.used - use.seen // 2
