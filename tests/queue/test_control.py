@@ -111,6 +111,7 @@ GARBAGE = [
     b'{"schema_version": "1"}',
     b"\xff\xfe",
     b"[" * 100_000,
+    b'{"later": ' + b"[" * 100_000,
 ]
 
 

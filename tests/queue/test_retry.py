@@ -132,6 +132,8 @@ DURING = "During handling of the above exception, another exception occurred:"
         ("torch.OutOfMemoryError: no room", DURING, Cause.ERROR),
         # A source line is no error.
         ("ValueError: x", DIRECT, Cause.ERROR),
+        (f"MemoryError\n\n{DURING}\n\nTraceback:\nValueError: x", DIRECT, Cause.ERROR),
+        (f"ValueError: x\n\n{DURING}\n\nTraceback:\nMemoryError", DIRECT, Cause.OOM),
     ],
 )
 def test_what_an_exception_was_raised_from_counts(first, how, cause):
