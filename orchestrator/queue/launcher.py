@@ -153,9 +153,8 @@ class GpuQueue:
         assert isinstance(raw, dict)
         needs = Needs(self._settings, raw, self._planner.results.seed_key)  # type: ignore[arg-type]
         if needs.learns:
-            self._planner.look_back(
-                lambda record: needs.learn(record.hyperparams, record.peak_gpu_memory_gb)
-            )
+            for record in self._planner.completed():
+                needs.learn(record.hyperparams, record.peak_gpu_memory_gb)
         return needs
 
     def _make_places(self, needs: Needs) -> Places:

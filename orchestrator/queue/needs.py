@@ -118,12 +118,18 @@ class Needs:
         # (Rounded first: 1.1 times 2 is not to be a megabyte more than 2.2.)
         return Need(gpus, math.ceil(round(peak * (1 + self._margin) / _MB, 6)) * _MB)
 
-    def learn(self, hyperparams: Mapping[str, Any], peak_gb: float | None) -> None:
-        """Take in the peak that a COMPLETED run has had on one of its GPUs, if it is known."""
+    def learn(self, hyperparams: Mapping[str, Any], peak_gb: float | None) -> bool:
+        """Take in the peak that a COMPLETED run has had on one of its GPUs, if it is known.
+
+        Returns:
+            Whether runs may need something else now.
+        """
         if peak_gb is None or not 0 < peak_gb < math.inf:
-            return
+            return False
         shape = self._shape(hyperparams)
-        self._peaks[shape] = max(self._peaks.get(shape, 0.0), peak_gb * GB)
+        before = self._peaks.get(shape, 0.0)
+        self._peaks[shape] = max(before, peak_gb * GB)
+        return self.learns and self._peaks[shape] > before
 
     def _value(self, key: str, composed: DictConfig | None) -> Any:
         if composed is None or key not in self._per_run:

@@ -22,7 +22,7 @@ from orchestrator.store import RunDir, completed_runs, own_directory
 from orchestrator.sweeps import rerun_command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from orchestrator.queue.places import Place
     from orchestrator.queue.settings import GpuQueueSettings
@@ -85,16 +85,15 @@ class Planner:
 
     @cached_property
     def _done(self) -> dict[str, Path]:
-        return self.look_back() if self.resume else {}
-
-    def look_back(self, learn: Callable[[RunRecord], None] | None = None) -> dict[str, Path]:
-        """Where each COMPLETED run lies, by fingerprint; ``learn`` hears of all of them."""
         done: dict[str, Path] = {}
-        for run, record in completed_runs(self.sweep_dir):
-            done.setdefault(record.fingerprint, run.path)
-            if learn is not None:
-                learn(record)
+        if self.resume:
+            for run, record in completed_runs(self.sweep_dir):
+                done.setdefault(record.fingerprint, run.path)
         return done
+
+    def completed(self) -> Iterator[RunRecord]:
+        """The records of all finished runs of this outputs directory."""
+        return (record for _, record in completed_runs(self.sweep_dir))
 
     def plan(self, index: int, num: int, overrides: Sequence[str]) -> Plan:
         """Identify a point and give it a directory, made and owned.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+from dataclasses import replace
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -339,12 +340,20 @@ class Scheduler:
             answers.take_recorded(job.plan, record)
             return
         if record.state is RunState.COMPLETED:
-            self._context.needs.learn(record.hyperparams, record.peak_gpu_memory_gb)
+            if self._context.needs.learn(record.hyperparams, record.peak_gpu_memory_gb):
+                self._think_again()
         elif self._try_again(job, record):
             return
         answers.take(job.plan, message)
         if record.state not in (RunState.COMPLETED, RunState.CANCELLED):
             self._count_failure()
+
+    def _think_again(self) -> None:
+        """What waits may need something else, now that more is known of runs of its shape."""
+        self._waiting = [
+            want if want.key.number > 1 else replace(want, need=self._need(want.key.plan))
+            for want in self._waiting
+        ]
 
     def _count_failure(self) -> None:
         context = self._context

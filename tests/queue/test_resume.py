@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -15,6 +17,7 @@ from orchestrator.record import RunState
 from orchestrator.store import RunDir, find_runs
 
 APP = "ledger_app.py"
+APPS = Path(__file__).parent / "apps"
 METHODS = ("fork", "spawn")
 
 
@@ -69,15 +72,17 @@ def commit(directory, content):
 
 def test_a_change_of_the_code_is_said(sandbox):
     git(sandbox.directory, "init", "-q")
+    app = shutil.copy(APPS / APP, sandbox.directory)
+    git(sandbox.directory, "add", app)
     old = commit(sandbox.directory, "first")
-    assert "code changed" not in sandbox.run(APP, "x=1,2")
+    assert "code changed" not in sandbox.run(app, "x=1,2")
     assert sandbox.record("x_1").versions.git_commit == old
     assert sandbox.record("x_1").versions.git_dirty is False
     new = commit(sandbox.directory, "second")
-    text = sandbox.run(APP, "x=1,2")
+    text = sandbox.run(app, "x=1,2")
     assert f"2 of 2 done already; code changed since: {old[:7]} → {new[:7]}; run again with" in text
     (sandbox.directory / "code.py").write_text("third")
-    text = sandbox.run(APP, "x=1,2,3")
+    text = sandbox.run(app, "x=1,2,3")
     assert "2 of 3 done already" in text
     assert f"code changed since: {old[:7]} → {new[:7]}+edits" in text
     assert sandbox.record("x_3").versions.git_dirty is True
