@@ -40,7 +40,7 @@ directory = Path(sys.argv[1])
 def nobody():
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 def say(*words):
-    print(*words, flush=True)
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # at once, also beside others
 def locked(tables):
     while not tables.try_lock():
         time.sleep(0.0002)
@@ -569,6 +569,22 @@ def test_a_directory_that_is_not_for_this_user_gives_a_sentence(everybodys):
     assert "hydra.launcher.leases=false" in line
 
 
+def test_what_another_user_is_just_making_is_waited_for(open_tables, monkeypatch):
+    """Between making a file and opening it for everybody its maker alone may open it."""
+    refusals, real = [3, 2], os.open
+
+    def not_yet(path, *arguments, **options):
+        which = 1 if str(path).endswith(".leases") else 0
+        if refusals[which]:
+            refusals[which] -= 1
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(lease_file.os, "open", not_yet)
+    assert open_tables().try_lock()
+    assert refusals == [0, 0]
+
+
 def test_a_file_that_exists_is_never_opened_to_be_made(open_tables, monkeypatch):
     """In a sticky directory the kernel may refuse that for files of other users."""
     open_tables()
@@ -667,6 +683,16 @@ def test_garbage_that_is_held_counts_as_a_job_that_accepts_no_other(open_tables,
         os.pwrite(file.fileno(), content, SIZE)
         assert tables.entries(GPU) == [Entry(Kind.RUN, 0, 0, 0, 1, 0, 0.0, mine=False)]
     assert tables.entries(GPU) == []
+
+
+def test_a_single_wrong_bit_makes_a_record_garbage(open_tables, tmp_path):
+    mine, others = open_tables(), open_tables()
+    add(mine, limit=2)
+    path = table_path(tmp_path / "leases")
+    good = path.read_bytes()
+    for at in range(SIZE, 2 * SIZE, 9):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+        assert [(entry.launcher, entry.limit) for entry in others.entries(GPU)] == [(0, 1)]
 
 
 def test_a_record_of_a_later_kind_counts_as_a_job_that_accepts_no_other(open_tables, tmp_path):
