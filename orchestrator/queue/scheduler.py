@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import selectors
-from dataclasses import replace
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.queue.answers import Answers
