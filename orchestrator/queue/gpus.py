@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from orchestrator.sweep.errors import SweepError
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,37 +55,18 @@ class GpuSnapshot:
     lost: bool = False
 
 
-def list_gpus() -> tuple[list[Gpu], str]:
-    """The GPUs, in NVML's order, and why there are none where there are none."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [], f"NVML: {error}"
-    try:
-        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        return [
-            Gpu(_text(pynvml.nvmlDeviceGetUUID(h)), i, _text(pynvml.nvmlDeviceGetName(h)))
-            for i, h in enumerate(handles)
-        ], "NVML sees none"
-    except pynvml.NVMLError as error:
-        return [], f"NVML: {error}"
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def choose_gpus(wanted: Any, found: Sequence[Gpu], mask: str | None = None) -> list[Gpu]:
+def choose_gpus(
+    wanted: Any, found: Sequence[Gpu], mask: str | None = None, order: str | None = None
+) -> list[Gpu]:
     """The GPUs to use.
 
     Args:
-        wanted: ``auto``, or NVML indices and UUIDs (or unambiguous beginnings of UUIDs).
+        wanted: ``auto``, or NVML indices (of a divided GPU: all its instances), labels such as
+            ``0:1``, and UUIDs (or unambiguous beginnings of them).
         found: what the machine has.
         mask: an inherited ``CUDA_VISIBLE_DEVICES``: the set that is allowed; None allows all.
+        order: an inherited ``CUDA_DEVICE_ORDER``; it decides only on what is said, see
+            `mask_note`.
 
     Raises:
         SweepError: a GPU that was asked for is unknown or not allowed; the text names those
@@ -99,38 +77,77 @@ def choose_gpus(wanted: Any, found: Sequence[Gpu], mask: str | None = None) -> l
         return allowed
     if isinstance(wanted, (str, int)):
         wanted = [wanted]
-    return list(dict.fromkeys(_find(item, found, allowed) for item in wanted))
+    chosen: dict[Gpu, None] = {}
+    for item in wanted:
+        matches = _wanted(item, found)
+        usable = [gpu for gpu in matches if gpu in allowed]
+        if not usable:
+            _refuse(
+                f"GPU {item} is on this machine, but CUDA_VISIBLE_DEVICES={mask} does not allow "
+                f"it. {mask_note(found, mask, order)}".rstrip(),
+                found,
+            )
+        chosen.update(dict.fromkeys(usable))
+    return list(chosen)
+
+
+def mask_note(found: Sequence[Gpu], mask: str | None, order: str | None = None) -> str:
+    """A sentence where indices in the mask may be other GPUs for CUDA than for us; else empty.
+
+    CUDA puts the fastest GPU first unless it is told not to, and NVML does not know the speeds.
+    """
+    models = {gpu.name.partition(" MIG ")[0] for gpu in found}
+    words = [] if mask is None else [word.strip() for word in mask.split(",")]
+    if order == "PCI_BUS_ID" or len(models) <= 1 or not any(map(_is_index, words)):
+        return ""
+    return (
+        f"CUDA_VISIBLE_DEVICES={mask} was read in NVML's order, but CUDA may count GPUs of "
+        "different models otherwise; name them by UUID, or set CUDA_DEVICE_ORDER=PCI_BUS_ID, to "
+        "be sure."
+    )
 
 
 def _allowed(found: Sequence[Gpu], mask: str) -> list[Gpu]:
-    # As CUDA reads it: the first word that names no device ends the list.
-    chosen: list[Gpu] = []
-    for word in filter(None, (part.strip() for part in mask.split(","))):
-        matches = _matching(word, found)
-        if len(matches) != 1:
+    # As CUDA reads it: the first word that names no device (-1, void, nothing at all), or more
+    # than one, ends the list.
+    chosen: dict[Gpu, None] = {}
+    for word in (part.strip() for part in mask.split(",")):
+        if _is_index(word):
+            matches = [gpu for gpu in found if gpu.index == int(word)]
+        else:
+            matches = _by_uuid(word, found) if word.startswith(("GPU-", "MIG-")) else []
+            matches = matches if len(matches) == 1 else []
+        if not matches:
             break
-        chosen += matches
-    return chosen
+        chosen.update(dict.fromkeys(matches))
+    return list(chosen)
 
 
-def _matching(item: str | int, gpus: Sequence[Gpu]) -> list[Gpu]:
-    text = str(item)
-    if text.isdecimal():
-        return [gpu for gpu in gpus if gpu.index == int(text)]
-    return [gpu for gpu in gpus if gpu.uuid.startswith(text)]
+def _wanted(item: str | int, found: Sequence[Gpu]) -> list[Gpu]:
+    """What is meant: one device, or all instances of a divided GPU."""
+    text = str(item).strip()
+    if _is_index(text):
+        matches = [gpu for gpu in found if gpu.index == int(text)]
+    else:
+        matches = [gpu for gpu in found if gpu.label == text] or _by_uuid(text, found)
+        if len(matches) > 1:
+            _refuse(f"GPU {item} is ambiguous.", found)
+    if not matches:
+        _refuse(f"GPU {item} is not on this machine.", found)
+    return matches
 
 
-def _find(item: str | int, found: Sequence[Gpu], allowed: Sequence[Gpu]) -> Gpu:
-    matches = _matching(item, found)
-    known = ", ".join(f"{gpu.index} ({gpu.uuid})" for gpu in found) or "none"
-    if len(matches) != 1:
-        what = "is ambiguous" if matches else "is not on this machine"
-        msg = f"hydra.launcher.gpus: GPU {item} {what}. NVML sees: {known}."
-        raise SweepError(msg)
-    if matches[0] not in allowed:
-        msg = (
-            f"hydra.launcher.gpus: GPU {item} is on this machine, but CUDA_VISIBLE_DEVICES="
-            f"{os.environ.get('CUDA_VISIBLE_DEVICES')} does not allow it. NVML sees: {known}."
-        )
-        raise SweepError(msg)
-    return matches[0]
+def _by_uuid(text: str, gpus: Sequence[Gpu]) -> list[Gpu]:
+    whole = [gpu for gpu in gpus if gpu.uuid == text]
+    return whole or [gpu for gpu in gpus if text and gpu.uuid.startswith(text)]
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _refuse(why: str, found: Sequence[Gpu]) -> NoReturn:
+    from orchestrator.sweep.errors import SweepError
+
+    known = ", ".join(f"{gpu.label} ({gpu.uuid})" for gpu in found) or "none"
+    raise SweepError(f"hydra.launcher.gpus: {why} NVML sees: {known}.")

@@ -1,105 +1,191 @@
-"""Which GPUs a sweep uses: choosing, assigning, and a real sweep over stubbed ones."""
+"""Which GPUs a sweep uses: what is asked for, what is allowed, and real sweeps over stubbed ones."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.queue.assign import assign
-from orchestrator.queue.gpus import Gpu, choose_gpus
-from orchestrator.queue.slots import Slots
+from orchestrator.queue.gpus import Gpu, choose_gpus, mask_note
 from orchestrator.sweep.errors import SweepError
 
-STUB = Path(__file__).parents[1] / "nvml" / "nvml_stub.c"
 GPUS = [Gpu("GPU-aaaa-1", 0), Gpu("GPU-aabb-2", 1), Gpu("GPU-cccc-3", 2)]
+# GPU 0 is divided in two.
+DIVIDED = [
+    Gpu("MIG-1111", 0, "A100 MIG 1g.5gb", 0),
+    Gpu("MIG-2222", 0, "A100 MIG 2g.10gb", 1),
+    Gpu("GPU-cccc-3", 1, "A100"),
+]
+MIXED = [Gpu("GPU-aaaa-1", 0, "T4"), Gpu("GPU-aabb-2", 1, "A100")]
+
+
+def indices(gpus):
+    return [gpu.index for gpu in gpus]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "mask", "indices"),
+    ("mask", "expected"),
     [
-        ("auto", None, [0, 1, 2]),
-        ("auto", "2,0", [2, 0]),
-        ("auto", "GPU-cc", [2]),
-        ("auto", "", []),
-        ("auto", "-1", []),
-        ("auto", "0,9,1", [0]),  # as CUDA: what follows a device that is not there is hidden
-        ([1, 0], None, [1, 0]),
-        (["GPU-cccc-3"], None, [2]),
-        (2, None, [2]),
+        (None, [0, 1, 2]),
+        ("0,1,2", [0, 1, 2]),
+        ("2,0", [2, 0]),
+        (" 2 , 0 ", [2, 0]),
+        ("GPU-cc", [2]),
+        ("GPU-aabb-2,GPU-aaaa-1", [1, 0]),
+        ("GPU-cccc-3,0", [2, 0]),
+        # None at all.
+        ("", []),
+        ("-1", []),
+        ("void", []),
+        ("none", []),
+        ("NoDevFiles", []),
+        # As CUDA: what follows a word that names no device is hidden.
+        ("0,9,1", [0]),
+        ("1,-1,0", [1]),
+        ("1,,0", [1]),
+        ("1,", [1]),
+        (",1", []),
+        ("0,void,1", [0]),
+        ("0,0:1,1", [0]),
+        ("0,²,1", [0]),
+        ("0,GPU-dd,1", [0]),
+        # One that names several, too.
+        ("2,GPU-aa,0", [2]),
+        ("GPU-", []),
+        ("G", []),
+        ("aaaa", []),
+        # Once is enough.
+        ("1,1,GPU-aabb,0", [1, 0]),
     ],
 )
-def test_gpus_are_chosen_by_index_or_uuid_within_the_mask(wanted, mask, indices):
-    assert [gpu.index for gpu in choose_gpus(wanted, GPUS, mask)] == indices
+def test_a_mask_is_read_as_cuda_reads_it(mask, expected):
+    assert indices(choose_gpus("auto", GPUS, mask)) == expected
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("MIG-2222", ["0:1"]),
+        ("MIG-2", ["0:1"]),
+        ("MIG-", []),
+        ("1,MIG-1111", ["1", "0:0"]),
+        ("0", ["0:0", "0:1"]),
+        ("MIG-2222,0", ["0:1", "0:0"]),
+    ],
+)
+def test_a_mask_may_name_instances(mask, expected):
+    assert [gpu.label for gpu in choose_gpus("auto", DIVIDED, mask)] == expected
+
+
+WORDS = st.sampled_from(
+    ["0", "1", "2", "7", "-1", "", "void", "GPU-aaaa-1", "GPU-aa", "GPU-aab", "GPU-c", "x", " 2 "]
+)
+
+
+@given(st.lists(WORDS, max_size=6), st.lists(WORDS, max_size=4))
+def test_a_mask_hides_all_that_follows_what_it_does_not_know(words, more):
+    chosen = choose_gpus("auto", GPUS, ",".join(words))
+    assert set(chosen) <= set(GPUS)
+    assert len(set(chosen)) == len(chosen)
+    longer = choose_gpus("auto", GPUS, ",".join([*words, *more]) if words else ",".join(more))
+    assert longer[: len(chosen)] == chosen or not words
+    assert choose_gpus("auto", GPUS, ",".join([*words, "void", *more])) == chosen
+    by_uuid = ",".join(gpu.uuid for gpu in chosen)
+    assert choose_gpus("auto", GPUS, by_uuid) == chosen
+    for gpu in chosen:
+        assert choose_gpus([gpu.uuid], GPUS, ",".join(words)) == [gpu]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "mask", "expected"),
+    [
+        ([1, 0], None, ["1", "0"]),
+        (["GPU-cccc-3"], None, ["2"]),
+        (["GPU-c", "GPU-cc", 2], None, ["2"]),
+        (2, None, ["2"]),
+        ("2", None, ["2"]),
+        ("GPU-aaa", None, ["0"]),
+        ([2], "2,0", ["2"]),
+        ([], None, []),
+    ],
+)
+def test_gpus_are_chosen_by_index_or_uuid_within_the_mask(wanted, mask, expected):
+    assert [gpu.label for gpu in choose_gpus(wanted, GPUS, mask)] == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "mask", "expected"),
+    [
+        ("auto", None, ["0:0", "0:1", "1"]),
+        ([0], None, ["0:0", "0:1"]),
+        ([1, "0:1"], None, ["1", "0:1"]),
+        (["MIG-1111"], None, ["0:0"]),
+        (["MIG-2"], None, ["0:1"]),
+        ([0], "MIG-2222", ["0:1"]),
+        (["0:0", 0], None, ["0:0", "0:1"]),
+    ],
+)
+def test_instances_are_chosen_one_by_one_or_with_their_gpu(wanted, mask, expected):
+    assert [gpu.label for gpu in choose_gpus(wanted, DIVIDED, mask)] == expected
 
 
 @pytest.mark.parametrize(
     ("wanted", "mask", "why"),
     [
-        ([7], None, "not on this machine"),
-        (["GPU-aa"], None, "ambiguous"),
-        ([1], "0,2", "does not allow"),
+        ([7], None, "GPU 7 is not on this machine"),
+        (["7:1"], None, "GPU 7:1 is not on this machine"),
+        ([""], None, "not on this machine"),
+        ([-1], None, "not on this machine"),
+        (["GPU-aa"], None, "GPU GPU-aa is ambiguous"),
+        ([1], "0,2", "CUDA_VISIBLE_DEVICES=0,2 does not allow it"),
+        ([1], "", "CUDA_VISIBLE_DEVICES= does not allow it"),
     ],
 )
 def test_a_gpu_that_is_not_to_be_had_is_named_with_those_that_are(wanted, mask, why):
     with pytest.raises(SweepError, match=why) as error:
         choose_gpus(wanted, GPUS, mask)
-    assert "GPU-cccc-3" in str(error.value)
+    assert "NVML sees: 0 (GPU-aaaa-1), 1 (GPU-aabb-2), 2 (GPU-cccc-3)." in str(error.value)
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(1, 4))
-def test_a_job_goes_to_the_emptiest_gpu_that_has_room(loads, limit):
-    gpus = [Gpu(f"GPU-{i}", i) for i in range(len(loads))]
-    running = {gpu.uuid: load for gpu, load in zip(gpus, loads, strict=True)}
-    chosen = assign(gpus, running, limit)
-    if min(loads) >= limit:
-        assert chosen is None
-    else:
-        assert chosen is not None
-        assert chosen.index == loads.index(min(loads))
+def test_instances_are_named_with_what_to_type():
+    with pytest.raises(SweepError, match=r"NVML sees: 0:0 \(MIG-1111\), 0:1 \(MIG-2222\), 1 "):
+        choose_gpus([5], DIVIDED)
+    with pytest.raises(SweepError, match=r"NVML sees: none\."):
+        choose_gpus([0], [])
 
 
-@given(
-    st.integers(0, 4), st.integers(1, 3), st.integers(1, 6), st.lists(st.booleans(), max_size=60)
+@pytest.mark.parametrize(
+    ("found", "mask", "order", "says"),
+    [
+        (MIXED, "1", None, True),
+        (MIXED, "GPU-aaaa-1,0", "FASTEST_FIRST", True),
+        (MIXED, "1", "PCI_BUS_ID", False),
+        (MIXED, "GPU-aaaa-1", None, False),
+        (MIXED, "", None, False),
+        (MIXED, None, None, False),
+        (GPUS, "1", None, False),  # all of one model
+        (DIVIDED, "1", None, False),
+        ([], "0", None, False),
+    ],
 )
-def test_slots_never_hold_more_than_they_may(n_gpus, per_gpu, size, takes):
-    slots = Slots([Gpu(f"GPU-{i}", i) for i in range(n_gpus)], per_gpu, size)
-    held = []
-    for take in takes:
-        if take:
-            slot = slots.take()
-            if slot is not None:
-                held.append(slot)
-        elif held:
-            slots.give_back(held.pop(0))
-        on_gpus = [slot.gpu for slot in held if slot.gpu]
-        assert len(held) <= size
-        assert all(on_gpus.count(gpu) <= per_gpu for gpu in on_gpus)
-        assert bool(on_gpus) == bool(held and n_gpus)
+def test_a_mask_of_indices_is_told_where_cuda_may_count_otherwise(found, mask, order, says):
+    note = mask_note(found, mask, order)
+    assert bool(note) == says
+    assert not says or f"CUDA_VISIBLE_DEVICES={mask} was read in NVML's order" in note
 
 
-@pytest.fixture
-def stub(tmp_path):
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the NVML stub with")
-    library = tmp_path / "lib" / "libnvidia-ml.so.1"
-    library.parent.mkdir()
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, STUB], check=True)
-    (tmp_path / "gpus").write_text("GPU-aaaa Stub A\nGPU-bbbb Stub B\n")
-    return {
-        "LD_LIBRARY_PATH": str(library.parent),
-        "NVML_STUB": str(tmp_path / "gpus"),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+def test_a_refused_gpu_is_told_with_the_doubt():
+    with pytest.raises(SweepError, match="CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+        choose_gpus([0], MIXED, "1")
+    with pytest.raises(SweepError) as error:
+        choose_gpus([0], MIXED, "1", "PCI_BUS_ID")
+    assert "PCI_BUS_ID" not in str(error.value)
 
 
 APP = """
@@ -115,11 +201,12 @@ main()
 def sweep(tmp_path, environment, *overrides):
     (tmp_path / "app.py").write_text(APP)
     named = ["hydra/launcher=gpu_queue", "hydra/callbacks=results", "hydra/output=named"]
+    tables = f"hydra.launcher.lease_dir={tmp_path / 'leases'}"
     inherited = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run(
-        [sys.executable, "app.py", "-m", *named, *overrides, "+x=range(4)"],
+        [sys.executable, "app.py", "-m", *named, tables, *overrides, "+x=range(4)"],
         cwd=tmp_path,
-        env={**inherited, **{k: v for k, v in environment.items() if v}},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -130,9 +217,15 @@ def sweep(tmp_path, environment, *overrides):
     return done, records
 
 
-def test_jobs_see_their_gpu_alone_and_by_uuid(stub, tmp_path):
-    done, records = sweep(tmp_path, stub)
-    assert "Running on GPUs 0 (Stub A GPU-aaaa), 1 (Stub B GPU-bbbb)" in done.stdout
+@pytest.fixture
+def two(nvml):
+    nvml.gpus([nvml.gpu("GPU-aaaa", "Stub A"), nvml.gpu("GPU-bbbb", "Stub B")])
+    return nvml
+
+
+def test_jobs_see_their_gpu_alone_and_by_uuid(two, tmp_path):
+    done, records = sweep(tmp_path, two.env)
+    assert "0 (Stub A GPU-aaaa" in done.stdout, done.stderr
     assert {record["return_value"] for record in records} == {"GPU-aaaa", "GPU-bbbb"}
     for record in records:
         assert record["gpu_uuids"] == [record["return_value"]]
@@ -142,17 +235,16 @@ def test_jobs_see_their_gpu_alone_and_by_uuid(stub, tmp_path):
         assert gpu != other or started >= ended - 0.05
 
 
-def test_an_inherited_mask_and_a_list_choose_gpus(stub, tmp_path):
-    done, records = sweep(tmp_path, {**stub, "CUDA_VISIBLE_DEVICES": "1"})
+def test_an_inherited_mask_and_a_list_choose_gpus(two, tmp_path):
+    done, records = sweep(tmp_path, {**two.env, "CUDA_VISIBLE_DEVICES": "1"})
     assert {record["return_value"] for record in records} == {"GPU-bbbb"}, done.stdout
-    done, _ = sweep(tmp_path, stub, "hydra.launcher.gpus=[5]")
+    done, _ = sweep(tmp_path, two.env, "hydra.launcher.gpus=[5]")
     assert done.returncode == 1
     assert "GPU 5 is not on this machine. NVML sees: 0 (GPU-aaaa), 1 (GPU-bbbb)" in done.stderr
 
 
-def test_a_driver_that_is_not_loaded_means_cpu_slots_and_says_so(stub, tmp_path):
-    done, records = sweep(
-        tmp_path, {**stub, "NVML_STUB": str(tmp_path / "none"), "CUDA_VISIBLE_DEVICES": "x"}
-    )
+def test_a_driver_that_is_not_loaded_means_cpu_slots_and_says_so(two, tmp_path):
+    two.init("fail")
+    done, records = sweep(tmp_path, {**two.env, "CUDA_VISIBLE_DEVICES": "x"})
     assert "Running on CPU, for want of GPUs: NVML: Driver Not Loaded" in done.stdout
     assert [record["gpu_id"] for record in records] == [None] * 4
