@@ -126,17 +126,21 @@ def hold(
 ) -> frozenset[str]:
     """The GPUs to keep free for the job that waits first, so that it gets its turn.
 
-    Those that would fit once the jobs of sweeps there have ended; the same as ``before``, if
-    these still would. Empty where too few ever would: the others need not wait for that.
+    Those that would fit once the jobs of sweeps there have ended, of these the emptiest; but
+    the same as ``before`` unless others are emptier by now, so jobs there only become fewer.
+    Empty where too few ever would fit: the others need not wait for that.
     """
     possible = [x for x in loads if _suits(x.gpu, need)]
     hopeful = {x.gpu.uuid: x for x in possible if not why_not(_emptied(x), need, rules)}
     if len(hopeful) < need.gpus:
         return frozenset()
+    ordered = sorted(hopeful.values(), key=lambda x: (x.processes, *_order(x)))
+    best = ordered[: need.gpus]
     if len(before) == need.gpus and before <= hopeful.keys():
-        return before
-    best = sorted(hopeful.values(), key=lambda x: (x.processes, *_order(x)))
-    return frozenset(x.gpu.uuid for x in best[: need.gpus])
+        left = sum(hopeful[uuid].processes for uuid in before)
+        if left <= sum(x.processes for x in best):
+            return before
+    return frozenset(x.gpu.uuid for x in best)
 
 
 def _emptied(load: Load) -> Load:

@@ -374,9 +374,7 @@ class GpuPlaces(Places):
 
     def close(self) -> None:
         self._nobody_waits()
-        for place in list(self._places):
-            self._release(place)
-        if self._tables is not None:
+        if self._tables is not None:  # a lease then lasts until its job's keeper has ended
             self._tables.close()
 
 

@@ -160,6 +160,7 @@ class GpuQueue:
     def _make_places(self, needs: Needs) -> Places:
         if self._places is None:
             self._places, self._where = make_places(self._settings, self._watcher, self._say)
+            weakref.finalize(self, self._places.close)
         reason = "" if needs.constant is None else self._places.impossible(needs.constant)
         if reason:
             raise SweepError(f"No job of this sweep would ever find a place: {reason}.")
