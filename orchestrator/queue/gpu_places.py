@@ -47,7 +47,6 @@ class GpuPlaces(Places):
         tables: shared with other sweeps; None as if alone.
         stagger_s: least time between two starts on a GPU.
         release_timeout_s: how long to wait for a finished job's memory.
-        say: tells the user.
         clock: the time.
     """
 
@@ -61,19 +60,17 @@ class GpuPlaces(Places):
         *,
         stagger_s: float = 0.0,
         release_timeout_s: float = 30.0,
-        say: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(size)
         self.gpus = tuple(gpus)
-        self.say = say
         self._rules = rules
         self._watcher = watcher
         self._tables = tables
         self._stagger_s = stagger_s
         self._release_timeout_s = release_timeout_s
         self._clock = clock
-        self._view = GpuView(gpus, tables, say)
+        self._view = GpuView(gpus, tables, self._tell)
         self._places: list[Place] = []
         self._asked_at = float("-inf")
         self._held: frozenset[str] = frozenset()
@@ -83,6 +80,9 @@ class GpuPlaces(Places):
         self._retry_at: float | None = None
         self._explained_at: float | None = None
         self._no_gpu_since: float | None = None
+
+    def _tell(self, text: str) -> None:
+        self.say(text)
 
     # --- giving ---
 

@@ -72,7 +72,6 @@ class GpuQueue:
         self._server = self._start_server()
         self._watcher = start_watcher(settings, self._method)
         self._places: Places | None = None
-        self._progress: Progress | None = None
         self._where = ""
         self._failures = 0
         self._told = False
@@ -117,7 +116,7 @@ class GpuQueue:
         progress = make_progress(
             len(job_overrides), SettingsCount(job_overrides, self._planner.results.seed_key)
         )
-        self._progress = progress
+        places.say = progress.say
         self._tell(progress, sweep.root)
         context = Context(
             composer=self.composer,
@@ -159,16 +158,12 @@ class GpuQueue:
 
     def _make_places(self, needs: Needs) -> Places:
         if self._places is None:
-            self._places, self._where = make_places(self._settings, self._watcher, self._say)
+            self._places, self._where = make_places(self._settings, self._watcher)
             weakref.finalize(self, self._places.close)
         reason = "" if needs.constant is None else self._places.impossible(needs.constant)
         if reason:
             raise SweepError(f"No job of this sweep would ever find a place: {reason}.")
         return self._places
-
-    def _say(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.say(text)
 
     def _extend_sweep(self, points: Sequence[Sequence[str]]) -> Sweep:
         """All launches of one launcher, as sweepers with batches make them, are one sweep."""

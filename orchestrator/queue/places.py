@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.queue.needs import Need
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from orchestrator.queue.gpus import Gpu
     from orchestrator.queue.leases import Lease
@@ -83,6 +83,8 @@ class Places:
     def __init__(self, size: int, *, on_purpose: bool = False) -> None:
         self.size = size
         self._on_purpose = on_purpose
+        # Tells the user; a launch puts its own in place of it.
+        self.say: Callable[[str], None] = print
         self._seated = 0
 
     def fill(self, wants: Sequence[Want]) -> list[tuple[Want, Place]]:

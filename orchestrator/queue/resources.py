@@ -14,8 +14,6 @@ from orchestrator.queue.places import Places
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from orchestrator.queue.leases import LeaseTables
     from orchestrator.queue.settings import GpuQueueSettings
     from orchestrator.queue.watcher import GpuWatcher, Reading
@@ -55,9 +53,7 @@ def _has_driver() -> bool:
     return True
 
 
-def make_places(
-    settings: GpuQueueSettings, watcher: GpuWatcher | None, say: Callable[[str], None]
-) -> tuple[Places, str]:
+def make_places(settings: GpuQueueSettings, watcher: GpuWatcher | None) -> tuple[Places, str]:
     """The places that the settings and this machine give, and where they are, for the user.
 
     Raises:
@@ -84,7 +80,6 @@ def make_places(
         _tables(settings, gpus),
         stagger_s=settings.stagger_s,
         release_timeout_s=settings.release_timeout_s,
-        say=say,
     )
     if reading is not None:
         places.take_in(reading)

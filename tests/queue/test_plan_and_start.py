@@ -39,12 +39,12 @@ A = "a" * 32
 )
 def test_a_setting_out_of_its_range_is_named(name, value):
     with pytest.raises(SweepError, match=rf"hydra\.launcher\.{name} is {value}; expected "):
-        make_places(GpuQueueSettings(gpus=[], **{name: value}), None, print)
+        make_places(GpuQueueSettings(gpus=[], **{name: value}), None)
 
 
 def test_settings_at_the_end_of_their_range():
     settings = GpuQueueSettings(gpus=[], kill_grace_s=0, threads=1, timeout_s=0.1)
-    places, _ = make_places(settings, None, print)
+    places, _ = make_places(settings, None)
     assert places.size == cores()
 
 
