@@ -408,9 +408,10 @@ def test_while_not_asked_it_does_nothing(stub, watcher):
     read(watcher)
     process = process_of(watcher)
     stub.count_calls()
-    before = process.cpu_times(), process.num_ctx_switches()
+    before = process.num_ctx_switches().voluntary
     time.sleep(0.5)
-    assert (process.cpu_times(), process.num_ctx_switches()) == before
+    # The one is its going to sleep, if it had not yet.
+    assert process.num_ctx_switches().voluntary <= before + 1
     assert stub.calls() == []
 
 
