@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _DRIVER = Path("/proc/driver/nvidia")
+# NVML's number; nvidia-ml-py 12.535 has no name for it.
+_GPU_NOT_FOUND = 28
 # How often a list of processes that grows while it is read is read again.
 _TRIES = 3
 
@@ -46,7 +48,7 @@ class Nvml:
         self._lost = {
             pynvml.NVML_ERROR_GPU_IS_LOST,
             pynvml.NVML_ERROR_NOT_FOUND,
-            pynvml.NVML_ERROR_GPU_NOT_FOUND,
+            _GPU_NOT_FOUND,
         }
         # This driver, or this kind of device, does not tell.
         self._unsupported = {
