@@ -48,6 +48,7 @@ class GpuPlaces(Places):
         stagger_s: least time between two starts on a GPU.
         release_timeout_s: how long to wait for a finished job's memory.
         clock: the time.
+        pids_tell: whether NVML's pids are those that this process sees; None: it is looked at.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class GpuPlaces(Places):
         stagger_s: float = 0.0,
         release_timeout_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
+        pids_tell: bool | None = None,
     ) -> None:
         super().__init__(size)
         self.gpus = tuple(gpus)
@@ -70,7 +72,7 @@ class GpuPlaces(Places):
         self._stagger_s = stagger_s
         self._release_timeout_s = release_timeout_s
         self._clock = clock
-        self._view = GpuView(gpus, tables, self._tell)
+        self._view = GpuView(gpus, tables, self._tell, pids_tell)
         self._places: list[Place] = []
         self._asked_at = float("-inf")
         self._held: frozenset[str] = frozenset()
@@ -80,6 +82,8 @@ class GpuPlaces(Places):
         self._retry_at: float | None = None
         self._explained_at: float | None = None
         self._no_gpu_since: float | None = None
+        # For whom the last decision, since which nothing has changed, found nothing.
+        self._in_vain: tuple[int, ...] = ()
 
     def _tell(self, text: str) -> None:
         self.say(text)
@@ -94,13 +98,16 @@ class GpuPlaces(Places):
         if not waiting or seats <= 0:
             self._nobody_waits()
             return given
-        if not self._can_decide(waiting[0]):
+        who = tuple(map(id, waiting))
+        if who == self._in_vain or not self._can_decide(waiting[0]):
             return given
         try:
             given += self._decide(waiting, seats)
         finally:
             if self._tables is not None:
                 self._tables.unlock()
+        if not given and self._watcher is not None:  # whose next reading is the next chance
+            self._in_vain = who
         return given
 
     def _can_decide(self, first: Want) -> bool:
@@ -271,6 +278,7 @@ class GpuPlaces(Places):
                 )
 
     def _release(self, place: Place) -> None:
+        self._in_vain = ()
         self._places.remove(place)
         self._view.changed.pop(place, None)
         for use in place.uses.values():
@@ -293,6 +301,7 @@ class GpuPlaces(Places):
 
     def take_in(self, reading: Reading) -> None:
         """Learn from a reading of all GPUs."""
+        self._in_vain = ()
         self._view.take_in(reading, self._places)
         self._release_what_is_free()
         if self._view.any_answers:
@@ -362,6 +371,7 @@ class GpuPlaces(Places):
 
     def close_gpus(self, words: Mapping[str, str]) -> None:
         for gpu in self.gpus:
+            self._in_vain = ()
             state, word = self._view.states[gpu.uuid], words.get(gpu.uuid, "")
             if word != state.closed:
                 state.closed = word

@@ -63,10 +63,15 @@ class GpuView:
         gpus: those of this sweep.
         tables: shared with other sweeps; None as if alone.
         say: tells the user.
+        pids_tell: whether NVML's pids are those that this process sees; None: it is looked at.
     """
 
     def __init__(
-        self, gpus: Sequence[Gpu], tables: LeaseTables | None, say: Callable[[str], None]
+        self,
+        gpus: Sequence[Gpu],
+        tables: LeaseTables | None,
+        say: Callable[[str], None],
+        pids_tell: bool | None = None,
     ) -> None:
         self.gpus = tuple(gpus)
         self.states = {gpu.uuid: GpuState() for gpu in gpus}
@@ -78,7 +83,7 @@ class GpuView:
         self.changed: dict[Place, None] = {}
         self._tables = tables
         self._say = say
-        self._pids_tell = in_first_pid_namespace()
+        self._pids_tell = in_first_pid_namespace() if pids_tell is None else pids_tell
 
     @property
     def any_answers(self) -> bool:

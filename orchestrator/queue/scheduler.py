@@ -84,6 +84,9 @@ class Scheduler:
     def run(self) -> None:
         """Go on until every point is answered, or until a signal has ended every job."""
         self._selector.register(self._signals, selectors.EVENT_READ)
+        descriptor = self._context.places.fileno()
+        if descriptor is not None:
+            self._selector.register(descriptor, selectors.EVENT_READ, self._context.places)
         try:
             self._obey()
             while True:
@@ -220,15 +223,7 @@ class Scheduler:
 
     def _wait(self) -> None:
         places = self._context.places
-        descriptor = places.fileno()
-        if descriptor is not None:  # it changes when its process had to be replaced
-            self._selector.register(descriptor, selectors.EVENT_READ, places)
-        try:
-            ready = self._selector.select(self._patience())
-        finally:
-            if descriptor is not None:
-                self._selector.unregister(descriptor)
-        for key, _ in ready:
+        for key, _ in self._selector.select(self._patience()):
             if key.fileobj is self._signals:
                 self._signals.drain()
                 self._stop_all()
