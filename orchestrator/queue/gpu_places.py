@@ -166,40 +166,11 @@ class GpuPlaces(Places):
         return place
 
     def _loads(self, since: float) -> list[Load]:
-        return [self._load(gpu, since) for gpu in self.gpus]
-
-    def _load(self, gpu: Gpu, since: float) -> Load:
-        state, now = self._view.states[gpu.uuid], self._clock()
-        own = [place for place in self._places if gpu.uuid in place.uses]
-        others = self._view.others(gpu.uuid)
-        running = [entry for entry in others if entry.kind is Kind.RUN]
-        limits = [entry.limit for entry in running]
-        limits += [1 if place.need.alone else self._rules.per_gpu for place in own]
-        snapshot = state.snapshot
-        total = snapshot.total if snapshot else 0
-        reserved = sum(entry.reserved for entry in running)
-        starts = [state.last_start, *(entry.since for entry in running)]
-        return Load(
-            gpu,
-            total=total,
-            used=snapshot.used if snapshot else 0,
-            free=snapshot.free if snapshot else 0,
-            measured=snapshot is not None,
-            reserved=reserved + sum(_reserved(place, gpu.uuid) for place in own),
-            expected=reserved + sum(self._expected(place, gpu.uuid, total) for place in own),
-            processes=len(own) + len(running),
-            limit=min(limits, default=None),
-            by_sweeps=state.shares.by_sweeps,
-            foreign=state.foreign,
-            usable=state.usable,
-            ready=now - max(starts) >= self._stagger_s,
-            awaited=any(e.kind is Kind.WAIT and e.since < since for e in others),
-        )
-
-    def _expected(self, place: Place, uuid: str, total: int) -> int:
-        if place.need.memory is None and not place.uses[uuid].seen and place.ended_at is None:
-            return total // self._rules.per_gpu
-        return _reserved(place, uuid)
+        now = self._clock()
+        return [
+            self._view.load(gpu, self._places, self._rules, since, now - self._stagger_s)
+            for gpu in self.gpus
+        ]
 
     # --- waiting ---
 
@@ -284,6 +255,7 @@ class GpuPlaces(Places):
         for use in place.uses.values():
             if use.lease is not None:
                 use.lease.release()
+        self._tell_of_drained()
 
     # --- watching ---
 
@@ -374,22 +346,21 @@ class GpuPlaces(Places):
             self._in_vain = ()
             state, word = self._view.states[gpu.uuid], words.get(gpu.uuid, "")
             if word != state.closed:
-                state.closed = word
+                state.closed, state.told_drained = word, False
                 text = {"": "takes jobs again", "pause": "is paused", "drain": "is being drained"}
                 self.say(f"GPU {gpu.label} {text.get(word, word)}.")
 
-    def runs_on(self, uuid: str) -> bool:
-        """Whether a job of this sweep is on a GPU, or its memory still is."""
-        return any(uuid in place.uses for place in self._places)
+        self._tell_of_drained()
+
+    def _tell_of_drained(self) -> None:
+        for gpu in self.gpus:
+            state = self._view.states[gpu.uuid]
+            busy = any(gpu.uuid in place.uses for place in self._places)
+            if state.closed == "drain" and not busy and not state.told_drained:
+                state.told_drained = True
+                self.say(f"GPU {gpu.label} is drained: nothing of this sweep is left there.")
 
     def close(self) -> None:
         self._nobody_waits()
         if self._tables is not None:  # a lease then lasts until its job's keeper has ended
             self._tables.close()
-
-
-def _reserved(place: Place, uuid: str) -> int:
-    """What a job was promised and does not use yet."""
-    if place.ended_at is not None or place.need.memory is None:
-        return 0
-    return max(place.need.memory - place.uses[uuid].seen, 0)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from orchestrator.queue.assign import Load
 from orchestrator.queue.attribution import Shares, by_growth, by_pids, in_first_pid_namespace
 from orchestrator.queue.leases import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from orchestrator.queue.assign import Rules
     from orchestrator.queue.gpus import Gpu, GpuSnapshot
     from orchestrator.queue.leases import Entry, LeaseTables
     from orchestrator.queue.places import Place
@@ -44,6 +46,7 @@ class GpuState:
     error: str = ""
     # "pause" or "drain", by the user.
     closed: str = ""
+    told_drained: bool = False
     last_start: float = float("-inf")
 
     @property
@@ -94,6 +97,50 @@ class GpuView:
         if self._tables is None:
             return []
         return [entry for entry in self._tables.entries(uuid) if not entry.mine]
+
+    def load(
+        self,
+        gpu: Gpu,
+        places: Sequence[Place],
+        rules: Rules,
+        since: float,
+        latest_start: float,
+    ) -> Load:
+        """What a decision has to know of a GPU.
+
+        Args:
+            gpu: which.
+            places: all that this sweep has.
+            rules: what it accepts.
+            since: since when the first in line waits.
+            latest_start: no job may have been started there after that.
+        """
+        state = self.states[gpu.uuid]
+        own = [place for place in places if gpu.uuid in place.uses]
+        others = self.others(gpu.uuid)
+        running = [entry for entry in others if entry.kind is Kind.RUN]
+        limits = [entry.limit for entry in running]
+        limits += [1 if place.need.alone else rules.per_gpu for place in own]
+        snapshot = state.snapshot
+        reserved = sum(entry.reserved for entry in running)
+        guess = state.total // rules.per_gpu
+        starts = [state.last_start, *(entry.since for entry in running)]
+        return Load(
+            gpu,
+            total=state.total,
+            used=snapshot.used if snapshot else 0,
+            free=snapshot.free if snapshot else 0,
+            measured=snapshot is not None,
+            reserved=reserved + sum(_reserved(place, gpu.uuid) for place in own),
+            expected=reserved + sum(_expected(place, gpu.uuid, guess) for place in own),
+            processes=len(own) + len(running),
+            limit=min(limits, default=None),
+            by_sweeps=state.shares.by_sweeps,
+            foreign=state.foreign,
+            usable=state.usable,
+            ready=max(starts) <= latest_start,
+            awaited=any(e.kind is Kind.WAIT and e.since < since for e in others),
+        )
 
     def take_in(self, reading: Reading, places: Sequence[Place]) -> None:
         """Learn from a reading; ``places`` are all that this sweep has."""
@@ -195,3 +242,17 @@ class GpuView:
             return not use.pids.intersection(process.pid for process in snapshot.processes)
         # No pids: it is gone when most of what the job had is.
         return use.seen < _IDLE_BYTES // 4 or snapshot.used <= use.used - use.seen // 2
+
+
+def _reserved(place: Place, uuid: str) -> int:
+    """What a job was promised and does not use yet."""
+    if place.ended_at is not None or place.need.memory is None:
+        return 0
+    return max(place.need.memory - place.uses[uuid].seen, 0)
+
+
+def _expected(place: Place, uuid: str, guess: int) -> int:
+    """The same, with a guess for a job that declared nothing and shows nothing yet."""
+    if place.need.memory is None and not place.uses[uuid].seen and place.ended_at is None:
+        return guess
+    return _reserved(place, uuid)
