@@ -167,6 +167,8 @@ class ResultsCallback(Callback):
             pid_started=started,
             started_at=time.time(),
             command=rerun_command(overrides, as_typed(hydra, "hydra")),
+            # The task may have been sent to another directory (hydra.job.chdir).
+            cwd=hydra.runtime.cwd,
         )
 
     def _finish(self, state: RunState, **changes: Any) -> None:

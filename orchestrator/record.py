@@ -89,6 +89,20 @@ class ErrorInfo(msgspec.Struct, frozen=True):
             text = ""
         return cls(type(error).__qualname__, message[:_MESSAGE_CHARS], text[-_TRACEBACK_CHARS:])
 
+    @property
+    def line(self) -> str:
+        """The error in one line: its type, and the message as far as its first full sentence.
+
+        A line that ends in a colon announces the next one, which then belongs to it.
+        """
+        words: list[str] = []
+        for text in filter(None, map(str.strip, self.message.splitlines())):
+            words.append(text)
+            if not text.endswith(":"):
+                break
+        said = " ".join(words)
+        return f"{self.type}: {said}"[:_LINE_CHARS] if said else self.type
+
 
 class Attempt(msgspec.Struct, frozen=True):
     """One earlier try of the same run, kept when it is run again."""
@@ -145,6 +159,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     gpu_utilization: float | None = None
     metrics: dict[str, float] = {}
     command: str = ""
+    # Where the command was typed: what it names by a relative path is found from there.
+    cwd: str = ""
     versions: Versions = Versions()
 
     def advance(self, state: RunState, **changes: Any) -> RunRecord:
@@ -178,6 +194,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 # A record is no place for arrays; a few numbers in one are all right.
 _ARRAY_ITEMS = 1_000
+_LINE_CHARS = 300
 _MESSAGE_CHARS = 10_000
 _TRACEBACK_CHARS = 100_000
 

@@ -279,3 +279,23 @@ def test_the_record_loads_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("bad\nsecond line", "Kind: bad"),
+        ("\n  first \nsecond", "Kind: first"),
+        (
+            "Error loading 'a.b':\n\nAttributeError('b')\nmore",
+            "Kind: Error loading 'a.b': AttributeError('b')",
+        ),
+        ("one:\ntwo:\nthree", "Kind: one: two: three"),
+        ("ends with:", "Kind: ends with:"),
+        ("", "Kind"),
+        (" \n ", "Kind"),
+    ],
+)
+def test_an_error_in_one_line_has_what_its_message_says(message, line):
+    assert ErrorInfo("Kind", message).line == line
+    assert len(ErrorInfo("Kind", message * 1000).line) <= 300

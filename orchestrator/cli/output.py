@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.wording import duration, plural
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
+
+__all__ = ["duration", "plural", "print_table", "printable", "reported_errors"]
 
 # Beyond this many characters a table is hard to read; the files hold every value whole.
 CELL_LIMIT = 60
@@ -95,21 +98,3 @@ def printable(text: str, limit: int | None = CELL_LIMIT) -> str:
             for char in text
         )
     return text if limit is None or len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person reads them: ``3.2s``, ``4m05s``, ``2h03m``, ``3d04h``; ``-`` for None."""
-    if seconds is None:
-        return "-"
-    if seconds < 59.95:  # noqa: PLR2004 - the last that does not read 60.0s
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_rest = divmod(minutes, 60)
-    days, hours_rest = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours_rest:02d}h"
-    return f"{hours}h{minutes_rest:02d}m" if hours else f"{minutes}m{rest:02d}s"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -8,14 +8,21 @@ import math
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from orchestrator.record import RunRecord, RunState
+from orchestrator.store import RunDir
+from orchestrator.wording import duration, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SHOWN_NAMES = 8
+# A run that was cancelled has not failed: it was not let end.
+_FAILURES = (RunState.FAILED, RunState.TIMEOUT, RunState.LOST)
+# A keeper's word for a run that it ended because the sweep was stopped.
+_STOPPED = "STOPPED"
 
 
 class _Nowhere(io.StringIO):
@@ -81,6 +88,7 @@ class Progress:
         self.running: dict[int, str] = {}
         self._stream = stream or sys.stdout
         self._began = time.monotonic()
+        self._stopping = False
 
     @property
     def ended(self) -> int:
@@ -108,6 +116,18 @@ class Progress:
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
+    def stopping(self, running: int) -> None:
+        """A signal has come; what runs is being ended, and nothing more is started."""
+        self._stopping = True
+        if running:
+            jobs = plural(running, "running job")
+            self.say(f"Stopping {jobs}; Ctrl+C once more kills what is left at once.")
+
+    def retry(self, index: int, record: RunRecord, directory: str, how: str) -> None:
+        """A run has failed and goes back into the queue."""
+        self.running.pop(index, None)
+        self.say(f"{failure_line(record, directory)}; {how}")
+
     def start(self, index: int, name: str, device: str) -> None:
         self.running[index] = f"{name} ({device})"
 
@@ -129,26 +149,34 @@ class Progress:
         self.report(record)
 
     def report(self, record: RunRecord) -> None:
-        took = "" if record.duration_seconds is None else f" in {clock(record.duration_seconds)}"
+        seconds = record.duration_seconds
+        took = "" if seconds is None else f" in {duration(seconds)}"
+        settings = f"{self.settings.complete} of {plural(self.settings.total, 'setting')}"
         self.say(
-            f"{self.headline('runs')}: {record.model_name}{took} "
-            f"[{self.settings.complete} of {self.settings.total} settings{self._remaining()}]"
+            f"{self.headline()}: {record.model_name}{took} [{settings}{self._remaining('; ')}]"
         )
 
-    def headline(self, noun: str) -> str:
+    def headline(self) -> str:
+        """How many have ended, in the words that scripts look for; then how many of them badly."""
         share = 100 * self.ended / self.total if self.total else 100.0
-        return f"Completed {self.ended} out of {self.total} {noun} ({share:.2f}%)"
+        done = f"Completed {self.ended} out of {self.total} runs ({share:.2f}%)"
+        return ", ".join((done, *self._badly_ended()))
 
-    def _remaining(self) -> str:
+    def _badly_ended(self) -> list[str]:
+        failed = sum(self.states[state] for state in _FAILURES)
+        counts = {"failed": failed, "cancelled": self.states[RunState.CANCELLED]}
+        return [f"{count} {word}" for word, count in counts.items() if count]
+
+    def _remaining(self, before: str) -> str:
         left = self.remaining_seconds()
-        return "" if left is None else f"; about {clock(left)} left"
+        return "" if left is None else f"{before}about {duration(left)} left"
 
     def elapsed_seconds(self) -> float:
         return time.monotonic() - self._began
 
     def remaining_seconds(self) -> float | None:
         left = self.total - self.ended
-        if not left or not self.ran:
+        if not left or not self.ran or self._stopping:
             return None
         return self.elapsed_seconds() / self.ran * left
 
@@ -202,13 +230,12 @@ class LiveProgress(Progress):
         from rich.text import Text
 
         bar = Table.grid(padding=(0, 1))
-        failed = self.ran - self.states[RunState.COMPLETED]
         bar.add_row(
             ProgressBar(total=max(self.total, 1), completed=self.ended, width=40),
-            f"{self.ended}/{self.total} runs",
-            f"{self.settings.complete}/{self.settings.total} settings",
-            Text(f"{failed} failed", style="red") if failed else "",
-            f"{clock(self.elapsed_seconds())} elapsed{self._remaining()}",
+            f"{self.ended}/{plural(self.total, 'run')}",
+            f"{self.settings.complete}/{plural(self.settings.total, 'setting')}",
+            Text(", ".join(self._badly_ended()), style="red"),
+            f"{duration(self.elapsed_seconds())} elapsed{self._remaining(', ')}",
         )
         names = list(self.running.values())
         lines = [Text(f"  running: {name}", style="dim") for name in names[:_SHOWN_NAMES]]
@@ -228,19 +255,20 @@ def make_progress(total: int, settings: SettingsCount) -> Progress:
 
 
 def failure_line(record: RunRecord, directory: str) -> str:
-    """Why a run failed, in one line, and where the rest is written, if it has a directory."""
-    reason = "no reason known"
-    if record.error is not None:
-        first = (record.error.message.strip().splitlines() or [""])[0]
-        reason = f"{record.error.type}: {first}"[:300]
-    where = f" (see {directory}/train_stderr.log)" if directory else ""
-    return f"{record.state.value} {record.model_name}: {reason}{where}"
+    """Why a run failed, in one line, and which of its logs says more, if one does."""
+    name = f"{record.state.value} {record.model_name}"
+    if record.error is None:
+        return f"{name}: no reason known{_see(directory)}"
+    if record.error.type == _STOPPED:
+        return f"{name}: stopped by Ctrl+C or a signal{_see(directory)}"
+    return f"{name}: {record.error.line}{_see(directory)}"
 
 
-def clock(seconds: float) -> str:
-    """Seconds as a person reads them: 3.2 s, 4:05, 1:02:03."""
-    if seconds < 60:  # noqa: PLR2004 - seconds in a minute
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def _see(directory: str) -> str:
+    """The log with the traceback, or what else was printed; an empty one is not worth opening."""
+    run = RunDir(Path(directory))
+    for log in (run.stderr, run.stdout) if directory else ():
+        with contextlib.suppress(OSError):
+            if log.stat().st_size:
+                return f" (see {log})"
+    return ""

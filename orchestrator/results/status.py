@@ -97,18 +97,12 @@ def _elapsed(run: FoundRun, now: float) -> float | None:
 def error_line(run: FoundRun) -> str | None:
     error = run.record.error
     if error is not None:
-        return error_text(error.type, error.message)
+        return error.line
     if run.state is RunState.LOST and run.record.state is RunState.RUNNING:
         return f"process {run.record.pid} is gone and left no outcome"
     if run.state is RunState.FAILED and run.record.returncode:
         return f"exit code {run.record.returncode}"
     return None
-
-
-def error_text(kind: str, message: str) -> str:
-    """An error in one line: its type and the first line of its message."""
-    first = next((line.strip() for line in message.splitlines() if line.strip()), "")
-    return ": ".join(part for part in (kind, first) if part)
 
 
 def _unreadable(run: Unreadable) -> RunStatus:

@@ -9,9 +9,7 @@ import re
 import subprocess
 import sys
 
-import pytest
-
-from orchestrator.queue.progress import Progress, SettingsCount, clock, failure_line
+from orchestrator.queue.progress import Progress, SettingsCount, failure_line
 from orchestrator.record import ErrorInfo, RunRecord, RunState
 from orchestrator.sweep.points import Points
 
@@ -28,13 +26,9 @@ def test_lines_count_runs_and_pool_seeds_into_settings():
         progress.start(index, f"run_{index}", "cpu")
         progress.end(index, point, record(f"run_{index}"), "outputs")
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith(
-        "Completed 1 out of 4 runs (25.00%): run_0 in 1.2 s [0 of 2 settings"
-    )
-    assert lines[1].startswith(
-        "Completed 2 out of 4 runs (50.00%): run_1 in 1.2 s [1 of 2 settings"
-    )
-    assert lines[3] == "Completed 4 out of 4 runs (100.00%): run_3 in 1.2 s [2 of 2 settings]"
+    assert lines[0].startswith("Completed 1 out of 4 runs (25.00%): run_0 in 1.2s [0 of 2 settings")
+    assert lines[1].startswith("Completed 2 out of 4 runs (50.00%): run_1 in 1.2s [1 of 2 settings")
+    assert lines[3] == "Completed 4 out of 4 runs (100.00%): run_3 in 1.2s [2 of 2 settings]"
 
 
 def test_settings_of_a_plain_list_are_counted_too():
@@ -46,10 +40,42 @@ def test_settings_of_a_plain_list_are_counted_too():
     assert count.complete == 2
 
 
-def test_a_failure_says_why_and_where_in_one_line():
+def test_a_failure_says_why_and_where_in_one_line(tmp_path):
     error = ErrorInfo("ValueError", "bad\nsecond line", "Traceback...")
-    line = failure_line(record(state=RunState.FAILED, error=error), "outputs/a")
-    assert line == "FAILED a: ValueError: bad (see outputs/a/train_stderr.log)"
+    failed = record(state=RunState.FAILED, error=error)
+    assert failure_line(failed, "") == "FAILED a: ValueError: bad"
+    assert failure_line(failed, str(tmp_path)) == "FAILED a: ValueError: bad"
+    (tmp_path / "train_stdout.log").write_text("epoch 1")
+    (tmp_path / "train_stderr.log").touch()
+    assert failure_line(failed, str(tmp_path)).endswith(f" (see {tmp_path}/train_stdout.log)")
+    (tmp_path / "train_stderr.log").write_text("Traceback")
+    assert failure_line(failed, str(tmp_path)).endswith(f" (see {tmp_path}/train_stderr.log)")
+
+
+def test_a_run_that_was_stopped_says_by_what(tmp_path):
+    error = ErrorInfo("STOPPED", "the run was ended because it was stopped")
+    line = failure_line(record(state=RunState.CANCELLED, error=error), str(tmp_path))
+    assert line == "CANCELLED a: stopped by Ctrl+C or a signal"
+
+
+def test_failed_and_cancelled_runs_are_told_from_completed_ones():
+    stream = io.StringIO()
+    progress = Progress(8, SettingsCount([[]] * 8, "seed"), stream)
+    for state in (RunState.COMPLETED, RunState.FAILED, RunState.TIMEOUT, RunState.LOST):
+        progress.end(0, [], record(state=state), "")
+    assert (
+        stream.getvalue()
+        .splitlines()[-1]
+        .startswith(
+            "Completed 4 out of 8 runs (50.00%), 3 failed: a in 1.2s [0 of 1 setting; about "
+        )
+    )
+    progress.stopping(1)
+    assert "Stopping 1 running job; " in stream.getvalue()
+    progress.end(0, [], record(state=RunState.CANCELLED), "")
+    assert stream.getvalue().splitlines()[-1] == (
+        "Completed 5 out of 8 runs (62.50%), 3 failed, 1 cancelled: a in 1.2s [0 of 1 setting]"
+    )
 
 
 class Gone(io.StringIO):
@@ -62,13 +88,6 @@ def test_a_reader_that_is_gone_ends_no_sweep():
     progress.say("nobody hears this")
     progress.end(0, [], record(), "outputs")
     assert progress.ended == 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3.21, "3.2 s"), (59.94, "59.9 s"), (245, "4:05"), (3723, "1:02:03")]
-)
-def test_times_read_as_people_read_them(seconds, text):
-    assert clock(seconds) == text
 
 
 APP = """

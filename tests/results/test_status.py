@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.record import ErrorInfo, RunState
 from orchestrator.results.reading import Reading, Unreadable, read_runs
-from orchestrator.results.status import ORDER, as_json, counts, error_text, run_statuses, select
+from orchestrator.results.status import ORDER, as_json, counts, run_statuses, select
 
 
 def test_the_order_names_every_state():
@@ -60,7 +60,6 @@ def test_the_error_is_one_line(tmp_path, write_run):
     write_run("c")
     errors = {s.directory: s.error for s in run_statuses(read_runs([tmp_path]), 0.0)}
     assert errors == {"a": "ValueError: first", "b": "exit code -9", "c": None}
-    assert error_text("KeyboardInterrupt", "") == "KeyboardInterrupt"
 
 
 def test_json_is_strict_even_where_a_curve_or_a_time_is_odd(tmp_path, write_run):
