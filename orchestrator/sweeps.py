@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -111,6 +111,19 @@ def _not_hydras(message: str) -> None:
     raise ValueError(message)
 
 
+class SweepGpu(Protocol):
+    """A GPU, or one MIG instance of a GPU that is divided."""
+
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def mig(self) -> int | None: ...
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass
 class Sweep:
     """One sweep below an outputs directory; runs are named by their directories."""
@@ -120,11 +133,15 @@ class Sweep:
     axes: dict[str, Any] = field(default_factory=dict)
     total: int = 0
     results_file: Path | None = None
+    # Where its runs may go; none where they run on cores.
+    gpus: Sequence[SweepGpu] = ()
     versions: Versions = field(default_factory=code_versions)
     sweep_id: str = ""
     started_at: float = field(default_factory=time.time)
     # In the order of the sweep; paths relative to the root where they lie below it.
     runs: dict[int, str] = field(default_factory=dict)
+    # What this sweep asked of them; an earlier sweep may have asked for the same run otherwise.
+    asked: dict[int, dict[str, Any]] = field(default_factory=dict)
     # Runs that could not even be given a directory.
     unstarted: list[RunRecord] = field(default_factory=list)
     # How many runs came to which state, over all launches.
@@ -141,8 +158,19 @@ class Sweep:
     def directory(self) -> Path:
         return self.root / SWEEPS / self.sweep_id
 
-    def add_run(self, index: int, directory: Path) -> None:
+    def add_run(
+        self, index: int, directory: Path, hyperparams: dict[str, Any] | None = None
+    ) -> None:
+        """A run is, or answers, a point of this sweep.
+
+        Args:
+            index: the point's number.
+            directory: the run's.
+            hyperparams: what this sweep asked for; by default what the run's record says.
+        """
         self.runs[index] = os.path.relpath(directory, self.root)
+        if hyperparams is not None:
+            self.asked[index] = hyperparams
 
     def add_unstarted(self, record: RunRecord) -> None:
         self.unstarted.append(record)
@@ -162,6 +190,10 @@ class Sweep:
             "cwd": os.getcwd(),  # noqa: PTH109
             "overrides": self.overrides,
             "axes": self.axes,
+            "gpus": [
+                {"uuid": gpu.uuid, "index": gpu.index, "mig": gpu.mig, "name": gpu.name}
+                for gpu in self.gpus
+            ],
             "total": self.total,
             "host": hostname(),
             "boot_id": boot_id(),
@@ -222,7 +254,8 @@ class Sweep:
             run = RunDir(self.root / self.runs[index])
             record = run.try_read()
             if record is not None and record.state.is_final:
-                yield msgspec.json.encode(results_entry(run, record))
+                entry = results_entry(run, record, self.asked.get(index))
+                yield msgspec.json.encode(entry)
         for record in self.unstarted:
             yield msgspec.json.encode(results_entry(None, record))
 
@@ -231,11 +264,19 @@ def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def results_entry(run: RunDir | None, record: RunRecord) -> dict[str, Any]:
-    """One run as `train_sweep.py` writes it, with its state and directory beside that."""
+def results_entry(
+    run: RunDir | None, record: RunRecord, asked: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One run as `train_sweep.py` writes it, with its state and directory beside that.
+
+    Args:
+        run: its directory, if it has one.
+        record: how it ended.
+        asked: the hyperparameters that the sweep asked for, where the record may differ.
+    """
     entry = {
         "model_name": record.model_name,
-        "hyperparams": record.hyperparams,
+        "hyperparams": record.hyperparams if asked is None else asked,
         "success": record.success,
         "returncode": record.returncode,
         "duration_seconds": record.duration_seconds,

@@ -285,3 +285,12 @@ def test_a_change_of_the_code_is_named_once():
     assert code_change([new], new) == ""
     assert code_change([old], Versions()) == ""
     assert code_change([Versions()], new) == ""
+
+
+def test_an_entry_says_what_this_sweep_asked_for(sweep):
+    run = _add(sweep, 0, "lr_1", hyperparams={"lr": 1})
+    sweep.add_run(1, run.path, {"epochs": 20})
+    _add(sweep, 2, "lr_2", hyperparams={"lr": 2})
+    entries = json.loads(sweep.write_results(complete=True).read_bytes())
+    assert [entry["hyperparams"] for entry in entries] == [{"lr": 1}, {"epochs": 20}, {"lr": 2}]
+    assert entries[0]["directory"] == entries[1]["directory"]
