@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from orchestrator.cli.output import plural, print_table, printable, reported_err
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from orchestrator.record import RunRecord
     from orchestrator.results.reading import FoundRun, Reading
     from orchestrator.results.settings_table import Comparison, Row
     from orchestrator.results.statistics import Mode
@@ -39,7 +42,8 @@ def _parse_formats(
     "--output",
     metavar="DIR",
     type=click.Path(),
-    help="Where to write. Default: DIRS if it is one directory, else the current directory.",
+    help="Where to write. Default: DIRS if it is one directory, else the current directory; "
+    "nothing is written into a run's own directory.",
 )
 @click.option(
     "--format",
@@ -53,8 +57,8 @@ def _parse_formats(
     "--metric",
     metavar="NAME",
     help="What settings are compared by: a metric, return_value, return.KEY, "
-    "duration_seconds or peak_gpu_memory_gb. Default: return_value if a run has one, "
-    "else the first metric by name.",
+    "duration_seconds or peak_gpu_memory_gb. Default: what most completed runs have; of "
+    "several return_value, else the first by name.",
 )
 @click.option(
     "--mode",
@@ -88,8 +92,10 @@ def main(
 
     Writes results.csv, results.parquet and results.json (one row per run), and prints
     one row per setting: seeds are pooled into mean, standard error and n over the
-    COMPLETED runs. Failed and unfinished runs are counted and listed. A `-` stands for
-    a hyperparameter that a run was not given, and for the error of a single run.
+    COMPLETED runs. Failed and unfinished (cancelled, too) runs are counted and listed.
+    What a run was not given is taken from its saved config; a `-` stands for a key that
+    the config has not, and for the error of a single run. Runs of one setting whose
+    configs differ are told apart by what differs.
     NaN is never the best; one NaN makes its setting's mean NaN.
 
     \b
@@ -102,21 +108,32 @@ def main(
         from orchestrator.results import scores
         from orchestrator.results.reading import read_runs, require_any
         from orchestrator.results.settings_table import compare
+        from orchestrator.results.telling import told_apart
 
         roots = directories or ("outputs",)
         reading = read_runs(roots)
         require_any(reading, roots)
         _report_skipped(reading)
-        names = scores.score_names(run.record for run in reading.runs)
-        chosen = scores.choose_score(names, metric)
-        written = _write(reading.runs, roots, output, formats)
+        if _was_given("seed_key"):
+            scores.check_seed_key(reading.runs, seed_key)
+        counts = scores.score_counts(reading.runs)
+        chosen = scores.choose_score(counts, metric)
+        runs, notes = told_apart(reading.runs, seed_key)
+        for note in notes:
+            click.echo(printable(f"note: {note}", None), err=True)
+        written = _write(runs, roots, output, formats)
         if not quiet:
-            _print_summary(reading.runs)
-            comparison = compare(reading.runs, chosen, mode, seed_key)
-            _print_comparison(comparison, names, top)
-            _print_unsuccessful(reading.runs)
+            _print_summary(runs)
+            comparison = compare(runs, chosen, mode, seed_key)
+            _print_comparison(comparison, list(counts), top)
+            _print_unsuccessful(runs)
             _print_best(comparison)
-            click.echo(f"wrote {', '.join(printable(str(path), None) for path in written)}")
+            _print_written(written)
+
+
+def _was_given(parameter: str) -> bool:
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def _report_skipped(reading: Reading) -> None:
@@ -132,8 +149,8 @@ def _report_skipped(reading: Reading) -> None:
     repeated = len(fingerprints) - len(set(fingerprints))
     if repeated:
         click.echo(
-            f"note: {plural(repeated, 'run')} repeat another's exact config (the same "
-            "fingerprint), as copies of a directory do; each is counted",
+            f"note: {plural(repeated, 'run')} with another's exact config (the same "
+            "fingerprint), as copies of a directory are; each is counted",
             err=True,
         )
 
@@ -142,9 +159,21 @@ def _write(
     runs: Sequence[FoundRun], roots: Sequence[str], output: str | None, formats: Sequence[str]
 ) -> list[Path]:
     from orchestrator.results.export import write_results
+    from orchestrator.store import RECORD
 
-    default = roots[0] if len(roots) == 1 else "."
-    return write_results(runs, Path(output or default), formats)
+    target = Path(output or (roots[0] if len(roots) == 1 else "."))
+    if output is None and (target / RECORD).exists():
+        return []
+    return write_results(runs, target, formats)
+
+
+def _print_written(written: Sequence[Path]) -> None:
+    paths = ", ".join(printable(str(path), None) for path in written)
+    click.echo(
+        f"wrote {paths}"
+        if paths
+        else "nothing written: this is a run's own directory; say where to with --output DIR"
+    )
 
 
 def _print_summary(runs: Sequence[FoundRun]) -> None:
@@ -164,6 +193,10 @@ def _print_comparison(comparison: Comparison, names: Sequence[str], top: int) ->
         others = [name for name in names if name != metric]
         also = f"; there are also {', '.join(others)}" if others else ""
         click.echo(printable(f"compared by {metric} ({comparison.mode}){also}", None))
+    without = sum(row.without for row in comparison.rows)
+    if without and metric is not None:
+        text = f"{without} completed without {metric}: see the last column"
+        click.echo(printable(text, None))
     click.echo()
     shown = comparison.rows[:top] if top else comparison.rows
     _print_rows(shown, comparison.keys, metric or "mean")
@@ -176,7 +209,11 @@ def _print_comparison(comparison: Comparison, names: Sequence[str], top: int) ->
 def _print_rows(rows: Sequence[Row], keys: Sequence[str], metric: str) -> None:
     from orchestrator.results.settings_table import shown
 
-    headers = [*(keys or ["setting"]), metric, "std err", "n", "failed", "unfinished"]
+    numbers = [metric, "std err", "n", "failed", "unfinished"]
+    some_without = any(row.without for row in rows)
+    if some_without:
+        numbers.append("without")
+    headers = [*(keys or ["setting"]), *numbers]
     cells = [
         [
             *([shown(row.setting, key) for key in keys] if keys else ["all runs"]),
@@ -185,11 +222,11 @@ def _print_rows(rows: Sequence[Row], keys: Sequence[str], metric: str) -> None:
             str(row.n),
             str(row.setting.failed),
             str(row.setting.unfinished),
+            *([str(row.without)] if some_without else []),
         ]
         for row in rows
     ]
-    first = len(headers) - 5
-    print_table(headers, cells, right=range(first, first + 5))
+    print_table(headers, cells, right=range(len(headers) - len(numbers), len(headers)))
 
 
 def _print_best(comparison: Comparison) -> None:
@@ -213,9 +250,17 @@ def _print_best(comparison: Comparison) -> None:
     names = " ".join(run.directory for run, _ in row.scored[:_NAMED_RUNS])
     more = f" and {row.n - _NAMED_RUNS} more" if row.n > _NAMED_RUNS else ""
     click.echo(printable(f"  runs: {names}{more}", None))
-    command = row.best_run(comparison.mode).record.command
-    if command:
-        click.echo(printable(f"  its best run again: {command}", None))
+    again = _again(row.best_run(comparison.mode).record)
+    if again:
+        click.echo(printable(f"  its best run again: {again}", None))
+
+
+def _again(record: RunRecord) -> str:
+    """The shell line that runs a run again from here."""
+    here = not record.cwd or os.path.realpath(record.cwd) == os.path.realpath(".")
+    if here or not record.command:
+        return record.command
+    return f"cd {shlex.quote(record.cwd)} && {record.command}"
 
 
 def _print_unsuccessful(runs: Sequence[FoundRun]) -> None:

@@ -51,6 +51,7 @@ _FIELDS: dict[str, tuple[Any, Callable[[FoundRun], Any]]] = {
     "error_type": (pl.String, lambda run: run.record.error and run.record.error.type),
     "error_message": (pl.String, lambda run: run.record.error and run.record.error.message),
     "command": (pl.String, lambda run: run.record.command),
+    "cwd": (pl.String, lambda run: run.record.cwd),
     "git_commit": (pl.String, lambda run: run.record.versions.git_commit),
 }
 
@@ -71,7 +72,7 @@ def results_table(runs: Sequence[FoundRun]) -> pl.DataFrame:
         [
             *fields,
             *(
-                column(name, [run.record.hyperparams.get(key) for run in runs])
+                column(name, [run.hyperparams.get(key) for run in runs])
                 for name, key in parameters.items()
             ),
             *(
@@ -100,7 +101,7 @@ def _keys(mappings: Iterable[dict[str, Any]]) -> dict[str, None]:
 def _hyperparam_columns(runs: Sequence[FoundRun], taken: set[str]) -> dict[str, str]:
     """Column name to hyperparameter key; what a field says already (the seed) is left out."""
     columns: dict[str, str] = {}
-    for key in _keys(run.record.hyperparams for run in runs):
+    for key in _keys(run.hyperparams for run in runs):
         if key in _FIELDS and _repeats_field(key, runs):
             continue
         name = key
@@ -114,7 +115,7 @@ def _hyperparam_columns(runs: Sequence[FoundRun], taken: set[str]) -> dict[str, 
 def _repeats_field(key: str, runs: Sequence[FoundRun]) -> bool:
     field = _FIELDS[key][1]
     return all(
-        as_text(run.record.hyperparams[key]) == as_text(field(run))
+        as_text(run.hyperparams[key]) == as_text(field(run))
         for run in runs
-        if key in run.record.hyperparams
+        if key in run.hyperparams
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import RecordError, RunRecord, RunState, decode
@@ -23,6 +23,14 @@ class FoundRun:
     files: RunDir
     record: RunRecord
     state: RunState
+    # What tells it apart beside the hyperparameters that its record holds.
+    added: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hyperparams(self) -> dict[str, Any]:
+        """What the run was given, and what was found out; see `orchestrator.results.telling`."""
+        given = self.record.hyperparams
+        return {**given, **self.added} if self.added else given
 
 
 @dataclass(frozen=True)

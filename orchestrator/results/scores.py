@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
+from orchestrator.record import RunState
+from orchestrator.results.configs import ABSENT, SavedConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from orchestrator.record import RunRecord
+    from orchestrator.results.reading import FoundRun
     from orchestrator.results.statistics import Mode
 
 METRIC_PREFIX = "metrics."
@@ -79,18 +83,24 @@ def _number(value: Any) -> float | None:
         return math.inf if value > 0 else -math.inf
 
 
-def score_names(records: Iterable[RunRecord]) -> list[str]:
-    """The names of every run's scores, sorted, each once."""
-    return sorted({name for record in records for name in scores(record)})
+def score_counts(runs: Iterable[FoundRun]) -> dict[str, int]:
+    """The names of all scores, sorted, and how many COMPLETED runs have each."""
+    counts: Counter[str] = Counter()
+    for run in runs:
+        counted = run.state is RunState.COMPLETED
+        for name in scores(run.record):
+            counts[name] += counted
+    return {name: counts[name] for name in sorted(counts)}
 
 
-def choose_score(names: Sequence[str], wanted: str | None) -> str | None:
+def choose_score(counts: Mapping[str, int], wanted: str | None) -> str | None:
     """The score to judge by.
 
     Args:
-        names: those that exist, as from `score_names`.
+        counts: those that exist, as from `score_counts`.
         wanted: what the user asked for, with or without the prefix ``metrics.``; None for
-            the default: the return value if there is one, else the first name.
+            the default: what most completed runs have; of several the return value, else
+            the first.
 
     Returns:
         A name; None where there is none and none was asked for.
@@ -99,13 +109,26 @@ def choose_score(names: Sequence[str], wanted: str | None) -> str | None:
         OrchestratorError: there is no score of the wanted name.
     """
     if wanted is None:
-        if RETURN_VALUE in names:
-            return RETURN_VALUE
-        return names[0] if names else None
+        return max(counts, key=lambda name: (counts[name], name == RETURN_VALUE), default=None)
     for name in (wanted, wanted.removeprefix(METRIC_PREFIX)):
-        if name in names or name in MEASURED_FIELDS:
+        if name in counts or name in MEASURED_FIELDS:
             return name
-    raise OrchestratorError(_unknown(wanted, names))
+    raise OrchestratorError(_unknown(wanted, list(counts)))
+
+
+def check_seed_key(runs: Sequence[FoundRun], wanted: str) -> None:
+    """Say so if no run was given the key that is to be pooled.
+
+    Raises:
+        OrchestratorError: the text names the nearest keys.
+    """
+    keys = {key: None for run in runs for key in run.hyperparams}
+    if wanted in keys or SavedConfig(runs[0]).value(wanted) is not ABSENT:
+        return
+    near = difflib.get_close_matches(wanted, keys, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    others = f" There are: {', '.join(keys)}" if keys else ""
+    raise OrchestratorError(f"no run has {wanted!r}{hint}{others}")
 
 
 def _unknown(wanted: str, names: Sequence[str]) -> str:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from orchestrator.results.reading import FoundRun
 
 ABSENT = "-"
-_UNFINISHED = frozenset({RunState.PENDING, RunState.RUNNING})
+# A run that was cancelled has not failed: the same command again ends it.
+_UNFINISHED = frozenset({RunState.PENDING, RunState.RUNNING, RunState.CANCELLED})
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class Setting:
 
     @property
     def failed(self) -> int:
-        """How many ended without a result: FAILED, TIMEOUT, CANCELLED and LOST."""
+        """How many ended without a result: FAILED, TIMEOUT and LOST."""
         return len(self.runs) - self.completed - self.unfinished
 
     @property
     def unfinished(self) -> int:
+        """How many have not come to an end: PENDING, RUNNING and CANCELLED."""
         return sum(run.state in _UNFINISHED for run in self.runs)
 
     @property
@@ -53,6 +55,11 @@ class Row:
     @property
     def n(self) -> int:
         return len(self.scored)
+
+    @property
+    def without(self) -> int:
+        """How many runs are completed, but have no such score."""
+        return self.setting.completed - self.n
 
     def best_run(self, mode: statistics.Mode) -> FoundRun:
         """The run with the best score: the one to look at or to run again."""
@@ -79,20 +86,24 @@ class Comparison:
 def pool(runs: Sequence[FoundRun], seed_key: str) -> list[Setting]:
     """Group runs by their hyperparameters without the seed, in order of appearance.
 
-    A run that was not given a key differs from one that was, even to the default: a record
-    does not say what the config's default is.
+    A run that has not a key differs from one that has; `telling.told_apart` comes before this.
     """
+    return [
+        Setting(_without(group[0], seed_key), tuple(group)) for group in grouped(runs, seed_key)
+    ]
+
+
+def grouped(runs: Iterable[FoundRun], seed_key: str) -> list[list[FoundRun]]:
+    """The runs that have the same hyperparameters without the seed, in order of appearance."""
     groups: dict[str, list[FoundRun]] = {}
     for run in runs:
         identity = json.dumps(_without(run, seed_key), sort_keys=True)
         groups.setdefault(identity, []).append(run)
-    return [Setting(_without(group[0], seed_key), tuple(group)) for group in groups.values()]
+    return list(groups.values())
 
 
 def _without(run: FoundRun, seed_key: str) -> dict[str, Any]:
-    return {
-        key: to_plain(value) for key, value in run.record.hyperparams.items() if key != seed_key
-    }
+    return {key: to_plain(value) for key, value in run.hyperparams.items() if key != seed_key}
 
 
 def varying_keys(settings: Sequence[Setting]) -> list[str]:

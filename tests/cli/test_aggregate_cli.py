@@ -236,7 +236,7 @@ def test_the_best_setting_names_only_what_it_was_given(tmp_path):
 def test_copies_of_a_run_are_pointed_out(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / name, fingerprint="f")
-    assert "1 run repeat another's exact config" in invoke(tmp_path).stderr
+    assert "1 run with another's exact config" in invoke(tmp_path).stderr
 
 
 def test_a_terminal_gets_a_rich_table(outputs, monkeypatch, capsys):
@@ -271,3 +271,59 @@ def test_help_loads_nothing_heavy(module):
     assert result.returncode == 0, result.stderr
     assert "Examples:" in result.stdout
     assert result.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_default_metric_is_what_most_runs_have_and_those_without_are_said(tmp_path):
+    for seed in range(4):
+        write(tmp_path / f"a{seed}", hyperparams={"x": 1}, metrics={"zeta": 1.0}, seed=seed)
+    write(tmp_path / "b", hyperparams={"x": 2}, metrics={"acc": 1.0})
+    result = invoke(tmp_path)
+    assert "compared by zeta (max)" in result.output
+    assert "1 completed without zeta: see the last column" in result.output
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["x", "zeta", "std", "err", "n", "failed", "unfinished", "without"] in lines
+    assert ["2", "-", "-", "0", "0", "0", "1"] in lines
+    assert "without" not in invoke(tmp_path / "b", "--output", tmp_path).output
+
+
+def test_a_mistyped_seed_key_is_an_error_with_the_nearest(outputs):
+    result = invoke(outputs, "--seed-key", "sed")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: no run has 'sed'; did you mean seed?")
+    assert not (outputs / "results.csv").exists()
+    assert invoke(outputs, "--seed-key", "epochs").exit_code == 0
+
+
+def test_a_cancelled_run_is_unfinished(tmp_path):
+    write(tmp_path / "a", state=RunState.CANCELLED, metrics={"acc": 1.0})
+    lines = [line.split() for line in invoke(tmp_path).stdout.splitlines()]
+    assert ["all", "runs", "-", "-", "0", "0", "1"] in lines
+
+
+def test_nothing_is_written_into_a_runs_own_directory(outputs, tmp_path):
+    run = outputs / "grid" / "lr_0.1_seed_0"
+    result = invoke(run)
+    assert result.exit_code == 0
+    assert "nothing written: this is a run's own directory" in result.output
+    assert [path.name for path in run.iterdir()] == ["run.json"]
+    assert invoke(run, "--output", tmp_path, "-q").exit_code == 0
+    assert (tmp_path / "results.csv").exists()
+
+
+def test_the_best_runs_command_says_where_it_was_typed(tmp_path, monkeypatch):
+    place = tmp_path / "my code"
+    write(place / "outputs" / "a", metrics={"acc": 1.0}, command="python app.py", cwd=str(place))
+    monkeypatch.chdir(tmp_path)
+    assert f"again: cd '{place}' && python app.py\n" in invoke("my code/outputs").output
+    monkeypatch.chdir(place)
+    assert "again: python app.py\n" in invoke().output
+
+
+def test_what_was_found_out_is_a_column_of_the_files_too(tmp_path):
+    for name, width in (("a", 1), ("b", 2)):
+        write(tmp_path / name, hyperparams={"lr": 1}, fingerprint=name, sweep_id=name, seed=0)
+        (tmp_path / name / ".hydra").mkdir()
+        (tmp_path / name / ".hydra" / "config.yaml").write_text(f"lr: 1\nwidth: {width}\n")
+    result = invoke(tmp_path)
+    assert "note: runs that were given the same have different configs" in result.stderr
+    assert pl.read_csv(tmp_path / "results.csv")["width"].to_list() == [1, 2]
