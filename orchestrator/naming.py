@@ -71,6 +71,8 @@ def _part(key: str, value: Any, default_label: str, settings: NamingSettings) ->
         if str(value).lower() in words:
             return str(words[str(value).lower()] or "")
     label = table.get("label", default_label)
+    if isinstance(value, str) and (parts := int(table.get("parts") or 0)) > 0:
+        value = ".".join(value.split(".")[-parts:])
     text = value_text(value, str(table.get("format", settings.float_format)))
     return settings.separator.join(word for word in (str(label or ""), text) if word)
 

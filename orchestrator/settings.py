@@ -15,8 +15,9 @@ class NamingSettings:
 
     # Between the parts of a name, and between a label and its value.
     separator: str = "_"
-    # Dotted key: label, or {label, true, false, format}. Keys named here come first, in this
+    # Dotted key: label, or {label, true, false, format, parts}. Keys named here come first, in this
     # order; a key that is not named follows as LASTPART_VALUE. An empty label writes the value alone.
+    # parts: of a dotted value only the last so many parts.
     keys: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
     # Keys that are left out of the name (they still count in the fingerprint).
     drop: List[str] = field(default_factory=list)  # noqa: UP006

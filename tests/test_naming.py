@@ -172,3 +172,11 @@ def test_a_table_gives_the_names_of_train_sweep_letter_for_letter():
         "bisim_512_hidden_1024_no_dino_lr_5e-06_varloss_coef_1_numpcs_10_vctarget_1_"
         "pca1target_0.01_pcaepoch_50_point_maze_fs_5_hist_3_epochs_50"
     )
+
+
+def test_of_a_dotted_value_only_the_last_parts_may_be_shown():
+    keys = {"task._target_": {"label": "", "parts": 1}, "lr": {"label": "lr", "parts": 1}}
+    values = {"lr": 0.1, "task._target_": "my_project.train.train", "seed": 1}
+    assert _name(values, keys=keys) == "train_lr_0.1_seed_1"
+    keys["task._target_"] = {"label": "of", "parts": 2}
+    assert _name(values, keys=keys) == "of_train.train_lr_0.1_seed_1"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
 
+    from orchestrator.sweep.grid import LookAt
+
 
 class GridSweeper(Sweeper):
     """Every combination of the values given; see ``GridSweeperConf`` for the settings."""
@@ -28,6 +30,7 @@ class GridSweeper(Sweeper):
         self.hydra_context: HydraContext | None = None
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
+        self.look_at: LookAt | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

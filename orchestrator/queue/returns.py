@@ -68,6 +68,11 @@ class QueueJobReturn(JobReturn):
         return self._directory if works_in_output_dir(self.hydra_cfg) else os.getcwd()  # noqa: PTH109
 
     @property
+    def began(self) -> bool:
+        """Whether the run got as far as a directory of its own."""
+        return bool(self._directory)
+
+    @property
     def task_name(self) -> str:  # type: ignore[override]
         return str(JobRuntime.instance().get("name"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,14 +13,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
+from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from orchestrator.errors import OrchestratorError
 from orchestrator.overrides import parse_override
+from orchestrator.record import ErrorInfo
 from orchestrator.sweep.compose import Composer
 from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import RunsFailed, SweepError
 from orchestrator.sweep.frozen import freeze
+from orchestrator.sweep.nearest import with_nearest_key
 from orchestrator.sweep.points import Points
 
 if TYPE_CHECKING:
@@ -37,6 +42,10 @@ _LONG_AXIS = 64
 _WHOLE_NUMBER = re.compile(r"[^=]*=-?\d+")
 
 
+LookAt = Callable[[DictConfig, Collection[str]], None]
+"""Called before the first job with the first point's task config and the keys that are swept."""
+
+
 class Grid(Protocol):
     """What :func:`set_up` and :func:`sweep` need of the plugin class, and fill in."""
 
@@ -45,6 +54,7 @@ class Grid(Protocol):
     hydra_context: HydraContext | None
     config: DictConfig | None
     launcher: Launcher | None
+    look_at: LookAt | None
 
 
 def set_up(
@@ -56,6 +66,8 @@ def set_up(
     )
     grid.hydra_context = frozen
     grid.config = config
+    # An app may look for its own mistakes before any job has to.
+    grid.look_at = getattr(task_function, "look_at_sweep", None)
     grid.launcher = Plugins.instance().instantiate_launcher(
         hydra_context=frozen, task_function=task_function, config=config
     )
@@ -88,6 +100,8 @@ def sweep(grid: Grid, arguments: Sequence[str]) -> list[Sequence[JobReturn]]:
     parts = batches(points, grid.max_batch_size)
     _save_multirun(grid.config)
     check(points, grid.config)
+    if grid.look_at is not None and points:
+        _look(grid.look_at, points)
     return _launch(parts, grid.launcher)
 
 
@@ -143,6 +157,25 @@ def check(points: Points, master: DictConfig) -> None:
     assert composer is not None
     if not points:
         return
+    try:
+        _try_each_value(points, composer, master)
+    except ConfigCompositionException as error:
+        groups = [text for text in points[0] if composer.chooses_group(text)]
+        raise with_nearest_key(error, lambda _: composer.task_config(groups)) from error.__cause__
+
+
+def _look(look_at: LookAt, points: Points) -> None:
+    assert points.composer is not None
+    swept = {key.lstrip("+~") for key, values in points.axes if len(values) > 1}
+    try:
+        look_at(points.composer.task_config(points[0]), swept)
+    except SweepError:
+        raise
+    except OrchestratorError as error:
+        raise SweepError(str(error)) from error
+
+
+def _try_each_value(points: Points, composer: Composer, master: DictConfig) -> None:
     start = time.perf_counter()
     first = points[0]
     for place, (_, values) in enumerate(points.axes):
@@ -194,10 +227,11 @@ def _save_multirun(config: DictConfig) -> None:
 
 @dataclass
 class _Failures:
-    """What is kept of failed runs: their number, the first few's names, the first error."""
+    """What is kept of failed runs: how many, how many of these began, some names, the first error."""
 
     runs: int = 0
     failed: int = 0
+    started: int = 0
     named: list[str] = field(default_factory=list)
     first: BaseException | None = None
 
@@ -206,6 +240,7 @@ class _Failures:
         if job.status == JobStatus.COMPLETED:
             return
         self.failed += 1
+        self.started += bool(getattr(job, "began", True))
         if len(self.named) < _NAMED_FAILURES:
             self.named.append(" ".join(job.overrides or point) or "the run without overrides")
         # The public property writes to stderr and raises.
@@ -216,16 +251,12 @@ class _Failures:
     def text(self, *, resumes: bool) -> str:
         more = self.failed - len(self.named)
         names = "; ".join(self.named) + (f"; and {more} more" if more else "")
-        error = "no result came back" if self.first is None else _sentence(self.first)
+        error = "no result came back" if self.first is None else ErrorInfo.of(self.first).line
         text = f"{self.failed} of {self.runs} runs failed: {names} (first error: {error})."
-        if resumes:
+        # A run that could not even be given a directory would fail again.
+        if resumes and self.started:
             text += " Run the same command again to run only what is missing."
         return text
-
-
-def _sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _launch(parts: list[Points], launcher: Launcher) -> list[Sequence[JobReturn]]:

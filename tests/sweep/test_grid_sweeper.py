@@ -146,6 +146,35 @@ def test_values_that_do_not_compose_raise_what_hydra_raises(refusal, command):
     assert refusal(HydraException, *command) == expected
 
 
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("train.step=1,2", "Did you mean train.steps?"),
+        ("model.widht=1,2", "Did you mean model.width?"),
+        ("steps=1,2", "Did you mean train.steps or optim.schedule.steps?"),
+    ],
+)
+def test_a_mistyped_key_gets_the_nearest(refusal, command, hint):
+    expected = refusal(HydraException, command, sweeper="basic")
+    assert refusal(HydraException, command).splitlines() == [*expected.splitlines(), hint]
+
+
+def test_an_app_may_look_at_the_first_point_before_any_job(start, configs):
+    looked = []
+
+    def look(config, swept):
+        looked.append((config.seed, "hydra" in config, swept))
+        if config.seed == 3:
+            raise OrchestratorError("no such task")
+
+    composer = Composer(*start(configs))
+    axes = [("seed", ["seed=1", "seed=2"]), ("lr", ["lr=1"]), ("+x", ["+x=1", "+x=2"])]
+    grid._look(look, Points(axes, composer))
+    assert looked == [(1, False, {"seed", "x"})]
+    with pytest.raises(SweepError, match="no such task"):
+        grid._look(look, Points([("seed", ["seed=3"])], composer))
+
+
 def test_an_interval_is_refused_with_advice(refusal):
     text = refusal(SweepError, "lr=interval(0,1)")
     assert "'lr=interval(0,1)'" in text
@@ -206,6 +235,14 @@ def test_a_launcher_that_resumes_is_said_to():
         "Run the same command again to run only what is missing."
     )
     assert raised.value.__cause__ is None
+
+
+def test_runs_that_never_began_are_not_said_to_be_missing():
+    failures = grid._Failures()
+    job = JobReturn(status=JobStatus.FAILED, _return_value=KeyError())
+    job.began = False
+    failures.add(job, [])
+    assert failures.text(resumes=True).endswith("(first error: KeyError).")
 
 
 def test_a_run_counts_as_done_only_when_completed():
