@@ -294,9 +294,12 @@ from orchestrator.queue.watcher import make_watcher
 watcher = make_watcher(sys.argv[1])
 watcher.first(60)
 if len(sys.argv) > 2:
-    open(sys.argv[2], "w").write(open(sys.argv[2]).read().replace("|ok|", "|hang|"))
+    text = open(sys.argv[2]).read()
+    open(sys.argv[2], "w").write(text.replace("|ok|", "|hang|"))
     watcher.ask()
-    time.sleep(0.5)
+    time.sleep(1)
+    watcher.receive()
+    assert len(watcher._left) == 3, "nothing hangs"
 print(watcher._held[0].pid, flush=True)
 time.sleep(600)
 """
@@ -330,6 +333,7 @@ def test_it_holds_nothing_of_the_launcher_s(stub, watcher, tmp_path):
     fcntl.flock(lock, fcntl.LOCK_EX)
     read(watcher)
     theirs.close()
+    ours.settimeout(ENOUGH_S)
     assert ours.recv(1) == b""  # its end is closed nowhere else
     lock.close()
     with (tmp_path / "lock").open("w") as again:
