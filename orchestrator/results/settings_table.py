@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from orchestrator.record import RunState, from_plain, to_plain
 from orchestrator.results import statistics
 from orchestrator.results.scores import default_mode, score
@@ -95,9 +97,9 @@ def pool(runs: Sequence[FoundRun], seed_key: str) -> list[Setting]:
 
 def grouped(runs: Iterable[FoundRun], seed_key: str) -> list[list[FoundRun]]:
     """The runs that have the same hyperparameters without the seed, in order of appearance."""
-    groups: dict[str, list[FoundRun]] = {}
+    groups: dict[bytes, list[FoundRun]] = {}
     for run in runs:
-        identity = json.dumps(_without(run, seed_key), sort_keys=True)
+        identity = msgspec.json.encode(_without(run, seed_key), order="sorted")
         groups.setdefault(identity, []).append(run)
     return list(groups.values())
 

@@ -33,6 +33,8 @@ def told_apart(runs: Sequence[FoundRun], seed_key: str) -> tuple[list[FoundRun],
         The runs, and a sentence for each kind of thing that had to be added.
     """
     told, notes = filled(runs), []
+    if next(_doubtful(told, seed_key), None) is None:
+        return told, []
     for step in (_by_app, _by_config, _by_fingerprint):
         told, note = step(told, seed_key)
         notes += [note] if note else []
@@ -46,6 +48,8 @@ def filled(runs: Sequence[FoundRun]) -> list[FoundRun]:
 
 
 def _with_keys(runs: Sequence[FoundRun], keys: Sequence[str]) -> list[FoundRun]:
+    if all(key in run.hyperparams for run in runs for key in keys):
+        return list(runs)
     given = {key: _Numbers() for key in keys}
     for run in runs:
         for key, value in run.hyperparams.items():
