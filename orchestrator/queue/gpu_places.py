@@ -7,7 +7,7 @@ of the monotonic clock, memory is in bytes.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.queue.assign import Load, Rules, impossible, schedule, why_not
 from orchestrator.queue.gpu_view import GpuView
@@ -78,6 +78,9 @@ class GpuPlaces(Places):
         self._held: frozenset[str] = frozenset()
         self._claims: dict[str, Lease] = {}
         self._first: Want | None = None
+        # Whose turn it is, and since when: of many that are looked at together only the first
+        # has waited for long, or all of them would go before other sweeps.
+        self._turn: tuple[Any, float] = (self, 0.0)
         self._lock_asked: float | None = None
         self._retry_at: float | None = None
         self._explained_at: float | None = None
@@ -114,7 +117,7 @@ class GpuPlaces(Places):
         """Whether there is a fresh reading and, which it then holds, the lock of the tables."""
         now = self._clock()
         if self._watcher is not None and now - self._view.read_at > _FRESH_S:
-            self._first = self._first or first
+            self._turn_of(first)
             if not self._view.error:  # else it is asked from time to time
                 self._ask()
             return False
@@ -135,7 +138,7 @@ class GpuPlaces(Places):
         return False
 
     def _decide(self, waiting: list[Want], seats: int) -> list[tuple[Want, Place]]:
-        loads = self._loads(waiting[0].since)
+        loads = self._loads(self._turn_of(waiting[0]))
         needs = [want.need for want in waiting]
         chosen, held = schedule(loads, needs, self._rules, self._held)
         given = [(waiting[n], self._occupy(waiting[n].need, gpus)) for n, gpus in chosen[:seats]]
@@ -175,9 +178,9 @@ class GpuPlaces(Places):
     # --- waiting ---
 
     def _wait_for(self, first: Want, held: frozenset[str], loads: Sequence[Load]) -> None:
-        now, self._first, self._held = self._clock(), first, held
-        if now - first.since > _CLAIM_S:
-            self._claim(held, first.since)
+        now, since, self._held = self._clock(), self._turn_of(first), held
+        if now - since > _CLAIM_S:
+            self._claim(held, since)
         if self._explained_at is None:
             self._explained_at = now + _EXPLAIN_S - _EXPLAIN_AGAIN_S
         elif not self._seated and now - self._explained_at > _EXPLAIN_AGAIN_S:
@@ -186,6 +189,14 @@ class GpuPlaces(Places):
                 f"GPU {x.gpu.label}: {why_not(x, first.need, self._rules)}" for x in loads
             )
             self.say(f"Waiting for {first.need.gpus} of the GPUs. {reasons}.")
+
+    def _turn_of(self, first: Want) -> float:
+        """Since when it is the turn of who waits first."""
+        self._first = first
+        if self._turn[0] is not first.key:
+            self._turn = (first.key, self._clock())
+            self._claim(frozenset(), 0.0)
+        return self._turn[1]
 
     def _claim(self, uuids: frozenset[str], since: float) -> None:
         """Tell other sweeps which GPUs the first of the waiting has waited for, since when."""
@@ -207,8 +218,9 @@ class GpuPlaces(Places):
     def impossible(self, need: Need) -> str:
         return impossible([(gpu, self._view.states[gpu.uuid].total) for gpu in self.gpus], need)
 
-    def largest(self) -> int:
-        return max((state.total for state in self._view.states.values()), default=0)
+    def room(self, gpus: int) -> int:
+        totals = sorted((state.total for state in self._view.states.values()), reverse=True)
+        return totals[gpus - 1] if 0 < gpus <= len(totals) else 0
 
     def totals(self, place: Place) -> list[int]:
         return [self._view.states[gpu.uuid].total for gpu in place.gpus]

@@ -130,7 +130,7 @@ class GpuView:
             total=state.total,
             used=snapshot.used if snapshot else 0,
             free=snapshot.free if snapshot else 0,
-            measured=snapshot is not None,
+            measured=state.total > 0,
             reserved=reserved + sum(_reserved(place, gpu.uuid) for place in own),
             expected=reserved + sum(_expected(place, gpu.uuid, guess) for place in own),
             processes=len(own) + len(running),

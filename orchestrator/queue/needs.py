@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 GB = 10**9
 _MB = 10**6
 AUTO = "auto"
+# The share of a GPU's memory that a job may need; the driver keeps some of it for itself.
+_MOST = 95
 _GPUS = "gpus_per_job"
 _MEMORY = "memory_per_job_gb"
 
@@ -43,12 +45,12 @@ class Need:
 def after_oom(need: Need, total: int) -> Need:
     """What the next try of a run needs that ran out of memory.
 
-    Half as much again, as far as the largest GPU goes (``total`` bytes, less 5 %); a run that
+    Half as much again, as far as its GPUs go (``total`` bytes each, less 5 %); a run that
     is there already, or for which nothing was declared, has its GPUs alone.
     """
     if need.gpus == 0:
         return need
-    most = total * 95 // 100
+    most = total * _MOST // 100
     if need.memory is None or need.memory >= most:
         return dataclasses.replace(need, alone=True)
     return dataclasses.replace(need, memory=min(need.memory + (need.memory + 1) // 2, most))
@@ -93,13 +95,19 @@ class Needs:
         """Whether the peaks of finished runs may make a difference."""
         return self.vary and (_MEMORY in self._per_run or self._values[_MEMORY] == AUTO)
 
-    def of(self, hyperparams: Mapping[str, Any], config: Callable[[], DictConfig]) -> Need:
+    def of(
+        self,
+        hyperparams: Mapping[str, Any],
+        config: Callable[[], DictConfig],
+        room: Callable[[int], int] = lambda _: 0,
+    ) -> Need:
         """What a run needs, as far as is known now.
 
         Args:
             hyperparams: what tells the run from others of the sweep.
             config: composes the run's own config, Hydra's node included; it is called where a
                 key has to be looked up in it.
+            room: the memory that so many GPUs have each; 0 where that is not known.
 
         Raises:
             SweepError: a value in the run's config is none that can be used.
@@ -116,7 +124,10 @@ class Needs:
         if peak is None:
             return Need(gpus, alone=True)
         # (Rounded first: 1.1 times 2 is not to be a megabyte more than 2.2.)
-        return Need(gpus, math.ceil(round(peak * (1 + self._margin) / _MB, 6)) * _MB)
+        memory = math.ceil(round(peak * (1 + self._margin) / _MB, 6)) * _MB
+        total = room(gpus)
+        # Where there is no room for the margin, it has run before, too.
+        return Need(gpus, alone=True) if 0 < total * _MOST // 100 < memory else Need(gpus, memory)
 
     def learn(self, hyperparams: Mapping[str, Any], peak_gb: float | None) -> bool:
         """Take in the peak that a COMPLETED run has had on one of its GPUs, if it is known.

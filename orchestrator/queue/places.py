@@ -114,8 +114,8 @@ class Places:
         """Memory of each GPU of a place, in bytes; 0 where that is not known."""
         return []
 
-    def largest(self) -> int:
-        """Memory of the largest GPU, in bytes; 0 where that is not known."""
+    def room(self, gpus: int) -> int:
+        """Memory that so many GPUs have each, at most, in bytes; 0 where that is not known."""
         return 0
 
     @property

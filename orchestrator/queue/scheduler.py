@@ -137,7 +137,9 @@ class Scheduler:
     def _need(self, plan: Plan) -> Need:
         context = self._context
         need = context.needs.of(
-            plan.who.hyperparams, lambda: context.composer.compose(plan.overrides)
+            plan.who.hyperparams,
+            lambda: context.composer.compose(plan.overrides),
+            context.places.room,
         )
         reason = context.places.impossible(need)
         if reason:
@@ -353,14 +355,14 @@ class Scheduler:
     def _count_failure(self) -> None:
         context = self._context
         context.failures += 1
-        if not self._is_closed() and context.limit.reached(context.failures):
+        if not (self.stopping or self.closed) and context.limit.reached(context.failures):
             self._limit_reached = context.limit.sentence(context.failures)
             context.progress.say(self._limit_reached)
 
     def _try_again(self, job: Job, record: RunRecord) -> bool:
         """Whether a run that failed goes back into the queue."""
         context, number = self._context, job.run.number
-        if self._is_closed():
+        if self.stopping or self.closed:  # (a pause is no reason: it goes back into the queue)
             return False
         run = RunDir(job.plan.directory)
         log = tail(run.stdout, _LOG_TAIL_BYTES) + tail(run.stderr, _LOG_TAIL_BYTES)
@@ -369,7 +371,7 @@ class Scheduler:
             return False
         need = job.place.need
         if cause is Cause.OOM and job.place.gpus:
-            need = after_oom(need, context.places.largest())
+            need = after_oom(need, context.places.room(need.gpus))
         # It has had its turn before: it goes first.
         self._waiting.insert(0, Want(need, context.clock(), Try(job.plan, number + 1)))
         directory = str(job.plan.directory)
