@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -189,3 +190,21 @@ def make_sandbox():
     yield make
     for place in places:
         place.kill_all()
+
+
+@pytest.fixture(scope="session")
+def gpu_sweeps_module():
+    # (Tests are imported without a package.)
+    spec = importlib.util.spec_from_file_location(
+        "gpu_sweeps", Path(__file__).with_name("gpu_sweeps.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpus(gpu_sweeps_module, sandbox, nvml):
+    """Sweeps on stubbed GPUs; see `gpu_sweeps.py`."""
+    return gpu_sweeps_module.GpuSweeps(sandbox, nvml)
