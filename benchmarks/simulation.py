@@ -64,8 +64,11 @@ class Machine:
     def holds(self, job, gpu, when=None):
         """Bytes of a GPU that a job has at a moment."""
         when = self.now if when is None else when
-        end = float("inf") if job.ended is None else job.ended + job.lingers
-        shown = job.started + job.appears <= when < end
+        begin = job.started + job.appears
+        end = float("inf")
+        if job.ended is not None:  # (what had not come by then comes no more)
+            end = job.ended + job.lingers if begin < job.ended else begin
+        shown = begin <= when < end
         return job.memory if shown and gpu in job.gpus else 0
 
     def used(self, gpu):

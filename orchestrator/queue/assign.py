@@ -175,15 +175,17 @@ def schedule(
     now = {load.gpu.uuid: load for load in loads}
     given: list[tuple[int, tuple[Gpu, ...]]] = []
     held: frozenset[str] = frozenset()
-    waiting = False
+    in_vain: set[Need] = set()
     for number, need in enumerate(needs):
-        chosen = decide(tuple(now.values()), need, rules, held)
+        # (GPUs only fill up from here on: what did not fit does not fit later.)
+        chosen = None if need in in_vain else decide(tuple(now.values()), need, rules, held)
         if chosen is not None:
             given.append((number, tuple(load.gpu for load in chosen)))
             now.update((x.gpu.uuid, x.taken_by(need, rules)) for x in chosen)
-        elif not waiting:
-            waiting = True
+            continue
+        if not in_vain:
             held = hold(tuple(now.values()), need, rules, before)
+        in_vain.add(need)
     return given, held
 
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from orchestrator.queue.needs import Need
     from orchestrator.queue.watcher import GpuWatcher, Reading
 
-# A decision rests on a reading that is no older (see `gpu_view.SETTLED_S`).
-_FRESH_S = 1.0
+# A decision rests on a reading that came at most so long ago, and was begun at most so long ago
+# (less than `gpu_view.SETTLED_S`).
+_FRESH_S, _OLDEST_S = 1.0, 3.0
 # How often NVML is read: while jobs run (oftener at first: half the age of the youngest), while
 # others' jobs are waited for, while memory is about to be free; and while it does not answer.
 _YOUNG_S, _RUNNING_S, _WAITING_S, _RELEASING_S, _SILENT_S = 0.1, 1.0, 0.2, 0.03, 1.0
@@ -116,7 +117,9 @@ class GpuPlaces(Places):
     def _can_decide(self, first: Want) -> bool:
         """Whether there is a fresh reading and, which it then holds, the lock of the tables."""
         now = self._clock()
-        if self._watcher is not None and now - self._view.read_at > _FRESH_S:
+        view = self._view
+        fresh = now - view.came_at <= _FRESH_S and now - view.read_at <= _OLDEST_S
+        if self._watcher is not None and not fresh:
             self._turn_of(first)
             if not self._view.error:  # else it is asked from time to time
                 self._ask()
@@ -286,7 +289,7 @@ class GpuPlaces(Places):
     def take_in(self, reading: Reading) -> None:
         """Learn from a reading of all GPUs."""
         self._in_vain = ()
-        self._view.take_in(reading, self._places)
+        self._view.take_in(reading, self._places, self._clock())
         self._release_what_is_free()
         if self._view.any_answers:
             self._no_gpu_since = None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Reservations that others read shrink when the memory has been in use for so long, which is
 # longer than any reading is old that a decision rests on: nobody then counts neither of both.
-SETTLED_S = 2.0
+SETTLED_S = 4.0
 # How many readings in a row must say that a GPU is lost.
 _LOST_READINGS = 2
 # What a driver keeps for itself on an idle GPU at most.
@@ -78,8 +78,8 @@ class GpuView:
     ) -> None:
         self.gpus = tuple(gpus)
         self.states = {gpu.uuid: GpuState() for gpu in gpus}
-        # When the last good reading was begun, and why there is none if there is none.
-        self.read_at = float("-inf")
+        # When the last good reading was begun and when it came; why there is none.
+        self.read_at = self.came_at = float("-inf")
         self.error = ""
         # Jobs whose GPU was lost; jobs whose use has changed enough to be told.
         self.lost: list[Place] = []
@@ -142,7 +142,7 @@ class GpuView:
             awaited=any(e.kind is Kind.WAIT and e.since < since for e in others),
         )
 
-    def take_in(self, reading: Reading, places: Sequence[Place]) -> None:
+    def take_in(self, reading: Reading, places: Sequence[Place], now: float) -> None:
         """Learn from a reading; ``places`` are all that this sweep has."""
         if reading.error != self.error:
             self.error = reading.error
@@ -154,7 +154,7 @@ class GpuView:
             )
         if reading.error:
             return
-        self.read_at = reading.time
+        self.read_at, self.came_at = reading.time, now
         found = {snapshot.gpu.uuid: snapshot for snapshot in reading.snapshots}
         for gpu in self.gpus:
             here = [place for place in places if gpu.uuid in place.uses]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.queue.assign import Rules, gb
 from orchestrator.queue.environment import check_environment
-from orchestrator.queue.gpus import Gpu, choose_gpus
+from orchestrator.queue.gpus import Gpu, choose_gpus, mask_note
 from orchestrator.queue.needs import GB
 from orchestrator.queue.places import Places
 from orchestrator.sweep.errors import SweepError
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _VISIBLE, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 _NVML = "libnvidia-ml.so.1"
-_FIRST_READING_S = 20.0
+# (Opening NVML may take 30 s where no daemon keeps the GPUs awake.)
+_FIRST_READING_S = 40.0
 
 
 def start_watcher(settings: GpuQueueSettings, method: str) -> GpuWatcher | None:
@@ -88,7 +89,7 @@ def make_places(settings: GpuQueueSettings, watcher: GpuWatcher | None) -> tuple
 
 def _find_gpus(settings: GpuQueueSettings, reading: Reading | None) -> tuple[list[Gpu], str]:
     """The GPUs to use, or none and why."""
-    mask = os.environ.get(_VISIBLE)
+    mask, order = os.environ.get(_VISIBLE), os.environ.get(_ORDER)
     found: list[Gpu] = []
     if _wants_none(settings.gpus):
         return [], "hydra.launcher.gpus is empty"
@@ -107,7 +108,7 @@ def _find_gpus(settings: GpuQueueSettings, reading: Reading | None) -> tuple[lis
             raise SweepError(msg)
     else:
         found, why_none = list(reading.devices), "NVML sees none"
-    chosen = choose_gpus(settings.gpus, found, mask)
+    chosen = choose_gpus(settings.gpus, found, mask, order)
     if found and not chosen:
         why_none = f"CUDA_VISIBLE_DEVICES={mask} allows none of the {len(found)}"
     return chosen, why_none
@@ -119,7 +120,9 @@ def _unwatched(wanted: Any, mask: str | None) -> tuple[list[Gpu], str]:
 
     known = known_without_nvml()
     if known:
-        return choose_gpus(wanted, known, mask), f"CUDA_VISIBLE_DEVICES={mask} allows none"
+        return choose_gpus(
+            wanted, known, mask, os.environ.get(_ORDER)
+        ), f"CUDA_VISIBLE_DEVICES={mask} allows none"
     words = wanted if wanted != "auto" else (mask or "").split(",")
     words = [words] if isinstance(words, (str, int)) else list(words)
     named = [str(word).strip() for word in words]
@@ -152,15 +155,14 @@ def _tables(settings: GpuQueueSettings, gpus: list[Gpu]) -> LeaseTables | None:
 
 
 def _where(gpus: list[Gpu], reading: Reading | None) -> str:
-    from orchestrator.queue.gpus import mask_note
-
     totals = {s.gpu.uuid: s.total for s in reading.snapshots} if reading is not None else {}
     names = ", ".join(
         f"{gpu.label} ({' '.join(filter(None, (gpu.name, gpu.uuid)))}"
         f"{', ' + gb(totals[gpu.uuid]) if totals.get(gpu.uuid) else ''})"
         for gpu in gpus
     )
-    note = mask_note(gpus, os.environ.get(_VISIBLE), os.environ.get(_ORDER))
+    found = gpus if reading is None else reading.devices
+    note = mask_note(found, os.environ.get(_VISIBLE), os.environ.get(_ORDER))
     counts = "" if reading is not None else ", by counts alone (monitor=false)"
     return f"{'GPUs' if len(gpus) > 1 else 'GPU'} {names}{counts}" + (f". {note}" if note else "")
 
