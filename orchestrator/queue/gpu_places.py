@@ -81,7 +81,7 @@ class GpuPlaces(Places):
         self._first: Want | None = None
         # Whose turn it is, and since when: of many that are looked at together only the first
         # has waited for long, or all of them would go before other sweeps.
-        self._turn: tuple[Any, float] = (self, 0.0)
+        self._turn: tuple[Any, float] = (object(), 0.0)
         self._lock_asked: float | None = None
         self._retry_at: float | None = None
         self._explained_at: float | None = None
