@@ -47,7 +47,7 @@ class Load:
     foreign: bool = False
     # Whether it answers and is neither paused nor drained.
     usable: bool = True
-    # Whether it may take a job at this moment (the stagger is over).
+    # Whether it may take a job at this moment: the stagger is over, its last job has shown.
     ready: bool = True
     # Whether another sweep has waited for it for longer.
     awaited: bool = False
@@ -72,7 +72,7 @@ def why_not(load: Load, need: Need, rules: Rules) -> str:
     if not load.usable:
         return "it is paused, drained or does not answer"
     if not load.ready:
-        return "a job has just been started there (stagger_s)"
+        return "a job has just been started there, its memory is still to come"
     if load.awaited:
         return "another sweep has waited for it for longer"
     if load.processes >= limit:

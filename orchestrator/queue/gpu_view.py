@@ -28,6 +28,8 @@ SETTLED_S = 4.0
 _LOST_READINGS = 2
 # What a driver keeps for itself on an idle GPU at most.
 _IDLE_BYTES = 256_000_000
+# How long the memory of a job that declared nothing is waited for, where a threshold is set.
+_UNSEEN_S = 30.0
 # By how much a peak has to rise to be told.
 _TOLD_SHARE = 0.02
 
@@ -104,7 +106,8 @@ class GpuView:
         places: Sequence[Place],
         rules: Rules,
         since: float,
-        latest_start: float,
+        now: float,
+        stagger_s: float,
     ) -> Load:
         """What a decision has to know of a GPU.
 
@@ -113,7 +116,8 @@ class GpuView:
             places: all that this sweep has.
             rules: what it accepts.
             since: since when the first in line waits.
-            latest_start: no job may have been started there after that.
+            now: the time.
+            stagger_s: least time between two starts on a GPU.
         """
         state = self.states[gpu.uuid]
         own = [place for place in places if gpu.uuid in place.uses]
@@ -124,7 +128,9 @@ class GpuView:
         snapshot = state.snapshot
         reserved = sum(entry.reserved for entry in running)
         guess = state.total // rules.per_gpu
-        starts = [state.last_start, *(entry.since for entry in running)]
+        last_start = max(state.last_start, *(entry.since for entry in running), float("-inf"))
+        # A threshold means nothing while a job's memory is still to come.
+        unseen = rules.threshold is not None and any(_is_unseen(p, gpu.uuid, now) for p in own)
         return Load(
             gpu,
             total=state.total,
@@ -138,7 +144,7 @@ class GpuView:
             by_sweeps=state.shares.by_sweeps,
             foreign=state.foreign,
             usable=state.usable,
-            ready=max(starts) <= latest_start,
+            ready=now - last_start >= stagger_s and not unseen,
             awaited=any(e.kind is Kind.WAIT and e.since < since for e in others),
         )
 
@@ -249,6 +255,12 @@ def _reserved(place: Place, uuid: str) -> int:
     if place.ended_at is not None or place.need.memory is None:
         return 0
     return max(place.need.memory - place.uses[uuid].seen, 0)
+
+
+def _is_unseen(place: Place, uuid: str, now: float) -> bool:
+    """Whether it is not known yet what a job that declared nothing will take."""
+    undeclared = place.need.memory is None and place.ended_at is None
+    return undeclared and not place.uses[uuid].seen and now - place.since < _UNSEEN_S
 
 
 def _expected(place: Place, uuid: str, guess: int) -> int:

@@ -199,7 +199,7 @@ def test_the_first_moves_on_to_gpus_that_are_emptier_by_now():
     ("change", "need", "rules", "why"),
     [
         ({"usable": False}, Need(), Rules(), "paused"),
-        ({"ready": False}, Need(), Rules(), "stagger_s"),
+        ({"ready": False}, Need(), Rules(), "just been started"),
         ({"awaited": True}, Need(), Rules(), "another sweep has waited"),
         ({"processes": 2, "limit": 4}, Need(), Rules(2), "2 jobs run there, at most 2 may"),
         ({"processes": 1, "limit": 1}, Need(), Rules(4), "1 jobs run there, at most 1 may"),
