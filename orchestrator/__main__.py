@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.target import find_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -35,6 +34,8 @@ def run_task(cfg: DictConfig) -> Any:
     Raises:
         OrchestratorError: the config names no function.
     """
+    from orchestrator.target import find_function
+
     return find_function(_target(cfg), _TARGET)(cfg)
 
 
@@ -46,8 +47,10 @@ def look_at_sweep(cfg: DictConfig, swept: Collection[str]) -> None:
         swept: the keys that are swept.
 
     Raises:
-        OrchestratorError: it is not; a text that is not for a single run alone.
+        OrchestratorError: it is not.
     """
+    from orchestrator.target import find_function
+
     target = _target(cfg)
     # Several tasks are imported by the jobs that need them.
     if not {"task", _TARGET} & set(swept):

@@ -79,6 +79,13 @@ def test_a_mistyped_key_gets_the_nearest(shell, word, hint):
     assert lines.count(hint) == 1
 
 
+def test_a_task_that_is_not_to_be_preloaded_is_left_to_its_jobs(shell):
+    words = ["task._target_=my_project.train.trian", "hydra.launcher.preload=[]"]
+    done = shell(*words, expect=1)
+    assert "FAILED trian: OrchestratorError: task._target_=my_project.train.trian: " in done.stdout
+    assert "1 of 1 run failed" in done.stderr
+
+
 def test_a_task_swept_over_is_left_to_its_jobs(shell):
     tasks = "task._target_=my_project.train.train,my_project.train.train_late"
     done = shell("-m", tasks, "training.lr=0.1", expect=1)

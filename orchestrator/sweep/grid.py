@@ -26,6 +26,7 @@ from orchestrator.sweep.errors import RunsFailed, SweepError
 from orchestrator.sweep.frozen import freeze
 from orchestrator.sweep.nearest import with_nearest_key
 from orchestrator.sweep.points import Points
+from orchestrator.wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -100,7 +101,7 @@ def sweep(grid: Grid, arguments: Sequence[str]) -> list[Sequence[JobReturn]]:
     parts = batches(points, grid.max_batch_size)
     _save_multirun(grid.config)
     check(points, grid.config)
-    if grid.look_at is not None and points:
+    if grid.look_at is not None and points and _may_import_tasks(grid.config):
         _look(grid.look_at, points)
     return _launch(parts, grid.launcher)
 
@@ -162,6 +163,12 @@ def check(points: Points, master: DictConfig) -> None:
     except ConfigCompositionException as error:
         groups = [text for text in points[0] if composer.chooses_group(text)]
         raise with_nearest_key(error, lambda _: composer.task_config(groups)) from error.__cause__
+
+
+def _may_import_tasks(config: DictConfig) -> bool:
+    """Whether the launcher's process imports tasks anyway; `preload` may say that it must not."""
+    preload = OmegaConf.select(config, "hydra.launcher.preload", default="auto")
+    return bool(preload == "auto")
 
 
 def _look(look_at: LookAt, points: Points) -> None:
@@ -252,7 +259,7 @@ class _Failures:
         more = self.failed - len(self.named)
         names = "; ".join(self.named) + (f"; and {more} more" if more else "")
         error = "no result came back" if self.first is None else ErrorInfo.of(self.first).line
-        text = f"{self.failed} of {self.runs} runs failed: {names} (first error: {error})."
+        text = f"{self.failed} of {plural(self.runs, 'run')} failed: {names} (first error: {error})."
         # A run that could not even be given a directory would fail again.
         if resumes and self.started:
             text += " Run the same command again to run only what is missing."
