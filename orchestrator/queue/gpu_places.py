@@ -174,7 +174,9 @@ class GpuPlaces(Places):
     def _loads(self, since: float) -> list[Load]:
         now = self._clock()
         return [
-            self._view.load(gpu, self._places, self._rules, since, now, self._stagger_s)
+            self._view.load(
+                gpu, self._places, self._rules, since=since, now=now, stagger_s=self._stagger_s
+            )
             for gpu in self.gpus
         ]
 

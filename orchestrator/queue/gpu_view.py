@@ -105,6 +105,7 @@ class GpuView:
         gpu: Gpu,
         places: Sequence[Place],
         rules: Rules,
+        *,
         since: float,
         now: float,
         stagger_s: float,
