@@ -259,7 +259,9 @@ class _Failures:
         more = self.failed - len(self.named)
         names = "; ".join(self.named) + (f"; and {more} more" if more else "")
         error = "no result came back" if self.first is None else ErrorInfo.of(self.first).line
-        text = f"{self.failed} of {plural(self.runs, 'run')} failed: {names} (first error: {error})."
+        text = (
+            f"{self.failed} of {plural(self.runs, 'run')} failed: {names} (first error: {error})."
+        )
         # A run that could not even be given a directory would fail again.
         if resumes and self.started:
             text += " Run the same command again to run only what is missing."

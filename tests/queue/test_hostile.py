@@ -135,8 +135,7 @@ def test_every_ending_is_recorded(every_case, case):
         assert record.error.type == expected["type"]
         assert expected["message"] in record.error.message
         assert record.returncode == expected["returncode"]
-        first = record.error.message.partition("\n")[0]
-        assert f"FAILED case_{case}: {record.error.type}: {first}" in text
+        assert f"FAILED case_{case}: {record.error.line}" in text
     else:
         assert record.error is None
         assert record.returncode == 0
