@@ -73,7 +73,7 @@ class Answers:
 
     def take_recorded(self, plan: Plan, record: RunRecord) -> None:
         """A run that was finished before answers; nothing is started."""
-        self._context.sweep.add_run(plan.num, plan.directory)
+        self._context.sweep.add_run(plan.num, plan.directory, plan.who.hyperparams)
         self._result(plan).take(record, None)
         self.answered_by.add(record.versions)
         self._context.progress.skip(plan.overrides)

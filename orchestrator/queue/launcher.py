@@ -32,6 +32,7 @@ from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import SweepError
 from orchestrator.sweep.points import Points
 from orchestrator.sweeps import Sweep, code_change, code_directory, code_versions
+from orchestrator.wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,7 +195,7 @@ class GpuQueue:
         if not self._told:
             progress.say(f"Jobs start by {self._method}: {self._method_reason}.")
             progress.say(f"Running on {self._where}.")
-        progress.say(f"{progress.total} runs, outputs in {sweep_dir}")
+        progress.say(f"{plural(progress.total, 'run')}, outputs in {sweep_dir}")
         self._told = True
 
     def _finish(self, scheduler: Scheduler, context: Context, signals: StopSignals) -> None:
@@ -221,10 +222,10 @@ class GpuQueue:
             return
         left = progress.total - progress.ended
         if signals.received:
-            ended = states.get("CANCELLED", 0)
-            why = f"{ended} running jobs were ended, {left} were not started."
+            ended = plural(states.get("CANCELLED", 0), "running job")
+            why = f"{ended} ended, {left} not started."
         else:
-            why = f"{scheduler.closed} {left} runs were not started."
+            why = f"{scheduler.closed} {plural(left, 'run')} not started."
         progress.say(f"Stopped: {why} {results} The same command again runs what is missing.")
         raise SystemExit(128 + signals.received[0] if signals.received else 1)
 

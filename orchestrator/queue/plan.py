@@ -72,6 +72,7 @@ class Planner:
         self.shipper: Shipper | None = None
         self._hydra_overrides = as_typed(config.hydra, "hydra")
         self._app = str(config.hydra.job.name)
+        self._cwd = os.getcwd()  # noqa: PTH109
         self._subdir = _plain_subdir(config)
         self._named = self._subdir == _NAMED_SUBDIR
 
@@ -166,6 +167,7 @@ class Planner:
             gpu_id=place.gpus[0].index if place.gpus else None,
             gpu_uuids=tuple(gpu.uuid for gpu in place.gpus),
             command=self._command(plan.overrides),
+            cwd=self._cwd,
             versions=sweep.versions,
         )
         return JobRequest(

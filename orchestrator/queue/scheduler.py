@@ -182,7 +182,7 @@ class Scheduler:
             return None
         if answers.is_repeat(plan):
             return None
-        self._context.sweep.add_run(num, plan.directory)
+        self._context.sweep.add_run(num, plan.directory, plan.who.hyperparams)
         return plan
 
     def _start(self, run: Try, place: Place) -> None:
@@ -309,9 +309,11 @@ class Scheduler:
             job.pid, job.pid_started = message.pid, message.pid_started
             self._context.places.started(job.place, message.keeper)
         elif isinstance(message, Exited):
-            # The next job starts before this one's record is written.
-            self._release(job)
-            self._fill()
+            # The next job starts before this one's record is written; unless it may be that
+            # none is to start any more.
+            if not (message.failed and self._context.limit.limit):
+                self._release(job)
+                self._fill()
         elif isinstance(message, Busy):
             job.answered = True
             self._context.progress.running.pop(job.plan.index, None)

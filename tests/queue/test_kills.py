@@ -126,7 +126,7 @@ def test_a_stop_signal_ends_the_sweep_in_order(sandbox, method, number, group):
     check_finished(sandbox)
     check_ended(sandbox, dict.fromkeys(HELD, "CANCELLED"), "STOPPED")
     assert len(sandbox.partial_results()) == 1
-    assert "2 running jobs were ended, 2 were not started" in sweep.text
+    assert "2 running jobs ended, 2 not started" in sweep.text
     assert "Traceback" not in sweep.text
     complete(sandbox, method, done=2, earlier=tried("CANCELLED"))
 

@@ -71,6 +71,8 @@ def test_a_run_is_a_row_with_every_field(found):
         "ended_at": datetime(1970, 1, 1, 0, 0, 2, tzinfo=timezone.utc),
         "duration_seconds": 1.5,
         "peak_gpu_memory_gb": 2.5,
+        "gpu_seconds": None,
+        "gpu_utilization": None,
         "n_attempts": 2,
         "error_type": "ValueError",
         "error_message": "no,\n'good'",
