@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from orchestrator.queue.gpus import GpuSnapshot
 
@@ -30,6 +30,8 @@ class Shares:
     pids: Mapping[int, frozenset[int]] = field(default_factory=dict)
     # Of all sweeps together.
     by_sweeps: int = 0
+    # Whether nobody knows which of several jobs has how much.
+    guessed: bool = False
     # Whether some process belongs to no sweep; None where that cannot be told.
     foreign: bool | None = None
 
@@ -93,15 +95,26 @@ def by_pids(
     return Shares(seen, pids, sum(seen.values()), foreign)
 
 
-def by_growth(snapshot: GpuSnapshot, roots: Collection[int], baseline: int, jobs: int) -> Shares:
-    """Share out evenly what the use has grown by since no job was on the GPU.
+def by_growth(
+    snapshot: GpuSnapshot, own: Sequence[tuple[int, int | None]], baseline: int, others: int
+) -> Shares:
+    """Share out what the use has grown by since no job was on the GPU.
+
+    By what the jobs need, where all have declared it; else evenly.
 
     Args:
         snapshot: the GPU.
-        roots: the keepers of this sweep's jobs on it.
+        own: this sweep's jobs on it: the keeper of each (0: not known), and its need.
         baseline: what was in use while no sweep had a job there.
-        jobs: how many jobs all sweeps have there.
+        others: how many jobs other sweeps have there.
     """
+    jobs = len(own) + others
+    if not jobs:
+        return Shares()
     growth = max(snapshot.used - baseline, 0)
-    share = growth // max(jobs, 1)
-    return Shares(dict.fromkeys(roots, share), {}, growth if jobs else 0)
+    needs = [need or 0 for _, need in own]
+    declared = not others and all(needs)
+    parts = [growth * need // sum(needs) for need in needs] if declared else []
+    parts = parts or [growth // jobs] * len(own)
+    seen = {root: part for (root, _), part in zip(own, parts, strict=True) if root}
+    return Shares(seen, {}, growth, guessed=not declared and jobs > 1)

@@ -30,6 +30,8 @@ _LOST_READINGS = 2
 _IDLE_BYTES = 256_000_000
 # How long the memory of a job that declared nothing is waited for, where a threshold is set.
 _UNSEEN_S = 30.0
+# Where nobody knows how much it had, the memory of a job that has ended is gone after so long.
+_GUESS_S = 2.0
 # By how much a peak has to rise to be told.
 _TOLD_SHARE = 0.02
 
@@ -216,11 +218,15 @@ class GpuView:
         baseline = self.states[uuid].baseline
         if baseline is None:  # jobs of others were there before the first look
             baseline = snapshot.used
-        return by_growth(snapshot, roots, baseline, len(own) + len(others))
+        # (A keeper has one job after another: the one that still runs last.)
+        in_order = sorted(own, key=lambda place: place.ended_at is None)
+        jobs = [(place.root or 0, place.need.memory) for place in in_order]
+        return by_growth(snapshot, jobs, baseline, len(others))
 
     def _note_use(self, place: Place, uuid: str, snapshot: GpuSnapshot, shares: Shares) -> None:
         use, root = place.uses[uuid], place.root or -1
         use.seen, use.used = shares.seen.get(root, 0), snapshot.used
+        use.guessed = shares.guessed
         use.pids |= shares.pids.get(root, frozenset())
         use.looks.append((snapshot.time, use.seen))
         while len(use.looks) > 1 and use.looks[1][0] <= snapshot.time - SETTLED_S:
@@ -248,7 +254,9 @@ class GpuView:
         if self._pids_tell and snapshot.processes is not None:
             return not use.pids.intersection(process.pid for process in snapshot.processes)
         # No pids: it is gone when most of what the job had is.
-        return use.seen < _IDLE_BYTES // 4 or snapshot.used <= use.used - use.seen // 2
+        if use.seen < _IDLE_BYTES // 4 or snapshot.used <= use.used - use.seen // 2:
+            return True
+        return use.guessed and snapshot.time - ended >= _GUESS_S
 
 
 def _reserved(place: Place, uuid: str) -> int:

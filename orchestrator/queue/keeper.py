@@ -54,7 +54,7 @@ _WRITE_RETRIES_S = (0.1, 0.5, 1.0)
 class Reason(enum.Enum):
     """Why a job was ended by its keeper."""
 
-    STOPPED = "it was stopped"
+    STOPPED = "the sweep was stopped by Ctrl+C or a signal"
     LAUNCHER_DIED = "the launcher died"
     SERVER_DIED = "the job server died"
     TIMEOUT = "it reached its time limit"
@@ -163,8 +163,9 @@ class Keeper:
         self._run.write(self._record)
         record, tree = self._work(body)
         _close_all(self._leases)
-        self._send(Exited())
-        self._finish(record, tree.returncode or 0)
+        returncode = tree.returncode or 0
+        self._send(Exited(failed=self._state(returncode) is not RunState.COMPLETED))
+        self._finish(record, returncode)
 
     def _is_done(self, earlier: RunRecord) -> bool:
         same = earlier.fingerprint == self._record.fingerprint
@@ -257,7 +258,7 @@ class Keeper:
 
     def _finish(self, running: RunRecord, returncode: int) -> None:
         outcome = self._outcome
-        state = self._reason.state if self._reason else final_state(outcome, returncode)
+        state = self._state(returncode)
         ended_at = time.time()
         duration = round(ended_at - (running.started_at or ended_at), 3)
         gpus = len(running.gpu_uuids)
@@ -277,6 +278,9 @@ class Keeper:
         warning = unsaved or (outcome.warning if outcome else "")
         value = outcome.value if outcome else None
         self._send(Ended(record, value, warning, saved=not unsaved))
+
+    def _state(self, returncode: int) -> RunState:
+        return self._reason.state if self._reason else final_state(self._outcome, returncode)
 
     def _error(self, returncode: int) -> ErrorInfo:
         if self._reason is not None:

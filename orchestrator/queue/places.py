@@ -30,8 +30,9 @@ class Use:
     """What one job has of one GPU. Memory in bytes."""
 
     lease: Lease | None = None
-    # Its memory at the last look, and all of the GPU's.
+    # Its memory at the last look (or a guess at it), and all of the GPU's.
     seen: int = 0
+    guessed: bool = False
     used: int = 0
     # Its processes as NVML numbers them.
     pids: set[int] = field(default_factory=set)

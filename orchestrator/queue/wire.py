@@ -75,6 +75,9 @@ class Started:
 class Exited:
     """Keeper to launcher: no process of the job is left; its slot is free."""
 
+    # Whether the run has failed: then something may have to be decided before the next starts.
+    failed: bool = False
+
 
 @dataclass(frozen=True)
 class Busy:
