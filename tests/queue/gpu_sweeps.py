@@ -35,6 +35,8 @@ class Span:
 class GpuSweeps:
     """A sandbox with a stub, where sweeps are started and judged."""
 
+    # A GPU has so many seconds to answer, and is asked again after so many.
+    IMPATIENT = {"watcher.GpuWatcher.fork.__func__.__defaults__": [1.5, 60.0]}
     # NVML's pids are then none of this machine's, as in a container.
     CONTAINER = {"attribution._FIRST_PID_NAMESPACE": "pid:[0]"}
 

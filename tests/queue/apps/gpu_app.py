@@ -20,10 +20,12 @@ STATE = Path(os.environ["SWEEP_STATE"])
 def change_constants():
     """Set module constants of the launcher, which tests have no patience for."""
     for name, value in json.loads(os.environ.get("GPU_APP_CONSTANTS", "{}")).items():
-        module, _, constant = name.rpartition(".")
-        module = importlib.import_module(f"orchestrator.queue.{module}")
-        assert hasattr(module, constant), name
-        setattr(module, constant, value)
+        module, *path, last = name.split(".")
+        target = importlib.import_module(f"orchestrator.queue.{module}")
+        for word in path:
+            target = getattr(target, word)
+        assert hasattr(target, last), name
+        setattr(target, last, tuple(value) if isinstance(value, list) else value)
 
 
 def note(event, cfg):
@@ -91,6 +93,8 @@ if __name__ == "__main__":
             # A value for each x.
             "of": [1] * 40,
             "mine": "${at:${of},${x}}",
+            "for_seconds": [1] * 40,
+            "my_seconds": "${at:${for_seconds},${x}}",
             "delay": 0.0,
             "linger": 0.0,
             "seconds": 0.2,
