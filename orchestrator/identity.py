@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from orchestrator.errors import OrchestratorError
 from orchestrator.naming import run_name
 from orchestrator.overrides import as_typed, hyperparams
-from orchestrator.settings import RUN_NAME_RESOLVER, NamingSettings, ResultsSettings
+from orchestrator.resolvers import RUN_NAME_RESOLVER
+from orchestrator.settings import NamingSettings, ResultsSettings
 from orchestrator.store import own_directory, planned_directory
 
 if TYPE_CHECKING:

@@ -5,9 +5,6 @@
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional  # noqa: UP035 - OmegaConf reads these at run time
 
-# ${orchestrator.run_name:sweep.dir} in a config is the name of the run's directory.
-RUN_NAME_RESOLVER = "orchestrator.run_name"
-
 
 @dataclass(repr=False, eq=False)
 class NamingSettings:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.plugins.launcher import Launcher
 
-from orchestrator.queue.settings import GpuQueueSettings
+from hydra_plugins.hydra_orchestrator._store import store_later
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +23,8 @@ class GpuQueueLauncher(Launcher):
     """Runs jobs on this machine's GPUs (or cores); see `orchestrator.queue.launcher`."""
 
     def __init__(self, **settings: Any) -> None:
+        from orchestrator.queue.settings import GpuQueueSettings
+
         self.settings = GpuQueueSettings(**settings)
         self.queue: GpuQueue | None = None
 
@@ -53,6 +54,4 @@ class GpuQueueLauncher(Launcher):
         return self.queue.launch(job_overrides, initial_job_idx)
 
 
-ConfigStore.instance().store(
-    group="hydra/launcher", name="gpu_queue", node=GpuQueueSettings, provider="orchestrator"
-)
+store_later("hydra/launcher", "gpu_queue", "orchestrator.queue.settings:GpuQueueSettings")

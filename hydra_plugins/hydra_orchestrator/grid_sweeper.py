@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.plugins.sweeper import Sweeper
 
-from orchestrator.sweep.settings import GridSweeperConf
+from hydra_plugins.hydra_orchestrator._store import store_later
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +46,4 @@ class GridSweeper(Sweeper):
         return grid.sweep(self, arguments)
 
 
-ConfigStore.instance().store(
-    group="hydra/sweeper", name="grid", node=GridSweeperConf, provider="orchestrator"
-)
+store_later("hydra/sweeper", "grid", "orchestrator.sweep.settings:GridSweeperConf")

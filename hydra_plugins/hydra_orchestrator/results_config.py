@@ -10,7 +10,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from orchestrator.settings import RUN_NAME_RESOLVER, ResultsSettings
+from hydra_plugins.hydra_orchestrator._store import store_later
+from orchestrator.resolvers import RUN_NAME_RESOLVER
 
 
 def _run_name(below: str, *, _root_: Any) -> str:
@@ -21,13 +22,8 @@ def _run_name(below: str, *, _root_: Any) -> str:
 
 OmegaConf.register_new_resolver(RUN_NAME_RESOLVER, _run_name, replace=True)
 
-ConfigStore.instance().store(
-    # Hydra keeps callbacks in a mapping by name.
-    group="hydra/callbacks",
-    name="results",
-    node={"results": ResultsSettings},
-    provider="orchestrator",
-)
+# Hydra keeps callbacks in a mapping by name.
+store_later("hydra/callbacks", "results", "orchestrator.settings:ResultsSettings", "results")
 ConfigStore.instance().store(
     group="hydra/output",
     name="named",

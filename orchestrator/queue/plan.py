@@ -17,7 +17,7 @@ from orchestrator.queue.environment import job_environment
 from orchestrator.queue.task import number_job, output_dir
 from orchestrator.queue.wire import JobRequest
 from orchestrator.record import RunRecord, RunState
-from orchestrator.settings import RUN_NAME_RESOLVER
+from orchestrator.resolvers import RUN_NAME_RESOLVER
 from orchestrator.store import RunDir, completed_runs, own_directory
 from orchestrator.sweeps import rerun_command
 

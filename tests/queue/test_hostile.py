@@ -37,7 +37,7 @@ CASES = {
     "returns_nan": completed(math.nan),
     "returns_inf": completed(-math.inf),
     "returns_numpy_scalar": completed(0.5),
-    "returns_numpy_array": completed(None),
+    "returns_numpy_array": completed([0, 1, 2, 3]),
     "returns_nan_in_dict": completed(
         {"loss": math.nan, "best": {"inner": math.inf}, "3": [1, None]}, loss=math.nan
     ),
@@ -68,7 +68,7 @@ CASES = {
     "recursion": failed("RecursionError", "maximum recursion depth"),
     "out_of_memory": failed("MemoryError", ""),
     "kills_itself": failed("ProcessDied", "killed by SIGKILL", -signal.SIGKILL),
-    "terminates_itself": failed("SystemExit", "143", 143),
+    "terminates_itself": failed("EndedBySignal", "asked to end by SIGTERM", 143),
     "aborts": failed("ProcessDied", "killed by SIGABRT before its task returned", -signal.SIGABRT),
     "atexit_exits_5": failed("ProcessDied", "exited with status 5 after its task had returned", 5),
     "atexit_segfault": failed(
