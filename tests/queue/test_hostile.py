@@ -91,7 +91,6 @@ CASES = {
     "removes_its_directory": completed(1),
 }
 NOT_IN_RECORD = (
-    "returns_numpy_array",
     "returns_cycle",
     "returns_bytes",
 )
