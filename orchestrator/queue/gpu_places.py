@@ -33,7 +33,7 @@ _LOCK_COMPLAINT_S = 10.0
 # After this long a waiting job is made known to other sweeps, and to the user.
 _CLAIM_S = 10.0
 _EXPLAIN_S, _EXPLAIN_AGAIN_S = 10.0, 600.0
-# No GPU at all for so long: nothing more will start.
+# Too few GPUs for any waiting job for so long: nothing more will start.
 _HOPELESS_S = 120.0
 
 
@@ -85,7 +85,9 @@ class GpuPlaces(Places):
         self._lock_asked: float | None = None
         self._retry_at: float | None = None
         self._explained_at: float | None = None
-        self._no_gpu_since: float | None = None
+        # The fewest GPUs that a waiting job needs, and since when fewer than these answer.
+        self._fewest = 1
+        self._too_few_since: float | None = None
         # For whom the last decision, since which nothing has changed, found nothing.
         self._in_vain: tuple[int, ...] = ()
 
@@ -102,6 +104,7 @@ class GpuPlaces(Places):
         if not waiting or seats <= 0:
             self._nobody_waits()
             return given
+        self._fewest = min(want.need.gpus for want in waiting)
         who = tuple(map(id, waiting))
         if who == self._in_vain or not self._can_decide(waiting[0]):
             return given
@@ -215,7 +218,8 @@ class GpuPlaces(Places):
 
     def _nobody_waits(self) -> None:
         self._first, self._held, self._explained_at = None, frozenset(), None
-        self._lock_asked = self._retry_at = None
+        self._lock_asked = self._retry_at = self._too_few_since = None
+        self._in_vain = ()
         for claim in self._claims.values():
             claim.release()
         self._claims.clear()
@@ -293,10 +297,10 @@ class GpuPlaces(Places):
         self._in_vain = ()
         self._view.take_in(reading, self._places, self._clock())
         self._release_what_is_free()
-        if self._view.any_answers:
-            self._no_gpu_since = None
-        elif self._no_gpu_since is None:
-            self._no_gpu_since = self._clock()
+        if self._view.answering >= self._fewest:
+            self._too_few_since = None
+        elif self._too_few_since is None:
+            self._too_few_since = self._clock()
 
     def check(self) -> None:
         if self._watcher is None:
@@ -351,10 +355,12 @@ class GpuPlaces(Places):
         return changed
 
     def hopeless(self) -> str:
-        since = self._no_gpu_since
+        since = self._too_few_since
         if since is None or self._clock() - since < _HOPELESS_S:
             return ""
-        return f"no GPU has answered for {_HOPELESS_S:.0f} s ({self._view.error or 'all are lost'})"
+        which = "no GPU" if self._fewest == 1 else f"no {self._fewest} GPUs, which a job needs,"
+        why = self._view.error or "those that do not are lost or cannot be read"
+        return f"{which} answered in the last {_HOPELESS_S:.0f} s ({why})"
 
     # --- by the user ---
 

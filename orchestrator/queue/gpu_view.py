@@ -93,8 +93,9 @@ class GpuView:
         self._pids_tell = in_first_pid_namespace() if pids_tell is None else pids_tell
 
     @property
-    def any_answers(self) -> bool:
-        return not self.error and any(not s.lost and not s.error for s in self.states.values())
+    def answering(self) -> int:
+        """How many of the GPUs answer."""
+        return 0 if self.error else sum(not s.lost and not s.error for s in self.states.values())
 
     def others(self, uuid: str) -> list[Entry]:
         """What other sweeps have, or wait for, on a GPU."""

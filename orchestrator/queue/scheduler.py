@@ -108,7 +108,9 @@ class Scheduler:
     # --- starting ---
 
     def _fill(self) -> None:
-        while not (self.stopping or self.closed or self._context.control.queue != "run"):
+        if self._is_closed():
+            self._context.places.fill(())  # nobody waits: other sweeps need not stand back
+        while not self._is_closed():
             self._line_up()
             if not self._waiting:
                 return
