@@ -78,10 +78,11 @@ class GpuSweeps:
         assert "Traceback" not in sweep.text, sweep.text
         return sweep.text
 
-    def order(self, *words):
+    def order(self, *words, outputs="outputs"):
         """Type an order to the sweep that runs."""
+        directory = str(self.sandbox.directory / outputs)
         done = subprocess.run(
-            [sys.executable, "-m", "orchestrator.cli.status", *words, str(self.sandbox.outputs)],
+            [sys.executable, "-m", "orchestrator.cli.status", *words, directory],
             env=os.environ,
             capture_output=True,
             text=True,

@@ -69,6 +69,19 @@ def test_a_paused_queue_waits_and_a_drained_one_ends(gpus):
     assert len(gpus.spans()) == 8
 
 
+def test_a_pause_while_others_have_the_memory(gpus):
+    gpus.nvml.gpus([A])
+    gpus.nvml.use("other", A, 0, 60 * GB)
+    words = ("x=1,2", "hydra.launcher.memory_per_job_gb=30")
+    sweep = gpus.start(*words, constants={"gpu_places._EXPLAIN_S": 0.5})
+    gpus.until(lambda: "Waiting for" in sweep.text, lambda: sweep.text)
+    gpus.order("pause")
+    gpus.until(lambda: "The queue is paused" in sweep.text, lambda: sweep.text)
+    gpus.nvml.drop("other")
+    gpus.order("resume")
+    assert "All runs ended (2 completed)" in gpus.end(sweep)
+
+
 def test_unmonitored_gpus_are_shared_by_counts(gpus):
     gpus.nvml.gpus([A, B])
     gpus.nvml.count_calls()

@@ -97,7 +97,7 @@ def test_without_any_gpu_the_sweep_gives_up_after_a_while(gpus):
     gpus.nvml.state(A, "lost")
     gpus.nvml.state(B, "lost")
     text = gpus.end(sweep, expect=1)
-    assert "Nothing can run any more: no GPU has answered" in text
+    assert "Nothing can run any more: no GPU answered" in text
     assert gpus.sandbox.states() == {"FAILED": 2}
     assert gpus.sandbox.partial_results()
     gpus.nvml.gpus([A, B])
@@ -137,6 +137,16 @@ def test_a_driver_that_hangs_at_launch_is_an_error(gpus):
     assert "hydra.launcher.monitor=false" in text
     assert not gpus.events()
     gpus.sandbox.nobody_left()
+
+
+def test_jobs_that_need_more_gpus_than_are_left_do_not_wait_for_ever(gpus):
+    gpus.nvml.gpus([A, B])
+    words = ("x=range(2)", "hydra.launcher.gpus_per_job=2", "gate=true")
+    sweep = gpus.start(*words, constants={"gpu_places._HOPELESS_S": 2.0})
+    gpus.wait_for_running(1, sweep)
+    gpus.nvml.state(B, "lost")
+    text = gpus.end(sweep, expect=1, patience=40)
+    assert "no 2 GPUs, which a job needs, answered" in text
 
 
 def test_a_driver_that_is_reloaded_disturbs_nobody(gpus):

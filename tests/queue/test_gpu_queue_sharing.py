@@ -44,14 +44,15 @@ def test_limits_and_needs_hold_over_both_sweeps(gpus, monitor):
 
 def test_needs_of_two_sweeps_together_fit(gpus):
     gpus.nvml.gpus([A, B])
-    words = (FOUR, NEED, "delay=0.6", "seconds=0.9")
-    sweeps = [
-        gpus.start("x=range(7)", f"gb={gb}", *words, name=name)
-        for name, gb in (("large", 45), ("small", 17))
-    ]
-    for sweep in sweeps:
-        gpus.end(sweep)
-    assert len(gpus.spans()) == 14
+    words = (FOUR, NEED, "delay=0.6", "seconds=0.9", "gate=true")
+    large = gpus.start("x=range(5)", "gb=45", *words, name="large")
+    gpus.wait_for_running(2, large)
+    small = gpus.start("x=range(7)", "gb=17", *words, name="small")
+    gpus.wait_for_running(4, small)
+    gpus.sandbox.open_gate()
+    gpus.end(large)
+    gpus.end(small)
+    assert len(gpus.spans()) == 12
     assert all(most <= 80 for most in gpus.most_gb().values()), gpus.most_gb()
     pairs = [(x, y) for x in gpus.spans("large") for y in gpus.spans("small")]
     assert any(gpus.overlaps(x, y) for x, y in pairs)
@@ -114,6 +115,36 @@ def test_sweeps_of_many_runs_take_turns(gpus):
     gpus.end(long)
     last = gpus.spans("short")[-1]
     assert len([span for span in gpus.spans("long") if span.start > last.start]) >= 6
+
+
+def test_large_jobs_of_one_sweep_get_their_turn_among_small_ones_of_another(gpus):
+    gpus.nvml.gpus([A, B])
+    soon = {"gpu_places._CLAIM_S": 0.3}
+    small = gpus.start("x=range(30)", "seconds=0.2", name="small", constants=soon)
+    gpus.wait_for_running(2, small)
+    words = ("x=range(2)", "seconds=0.1", "hydra.launcher.gpus_per_job=2")
+    large = gpus.start(*words, name="large", constants=soon)
+    gpus.end(large)
+    gpus.end(small)
+    last = gpus.spans("large")[-1]
+    assert last.start < gpus.spans("small")[-1].start
+    assert gpus.most_jobs() == {A: 1, B: 1}
+
+
+def test_a_paused_sweep_stands_in_nobody_s_way(gpus):
+    gpus.nvml.gpus([A])
+    soon = {"gpu_places._CLAIM_S": 0.3}
+    busy = gpus.start("x=range(3)", "gate=true", name="busy", constants=soon)
+    gpus.wait_for_running(1, busy)
+    paused = gpus.start("x=range(2)", name="paused", constants=soon)
+    gpus.until(lambda: len(gpus.leases_held()) == 2, lambda: paused.text)
+    gpus.order("pause", outputs="outputs-paused")
+    gpus.until(lambda: "The queue is paused" in paused.text, lambda: paused.text)
+    gpus.sandbox.open_gate()
+    gpus.end(busy)
+    assert not gpus.spans("paused")
+    gpus.order("resume", outputs="outputs-paused")
+    gpus.end(paused)
 
 
 def test_a_lease_directory_that_is_a_link_is_refused(gpus):
