@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help run test test-slow lint types wheel bench clean
+.PHONY: help run test test-slow test-slurm lint types wheel bench clean
 
 help:
 	@echo "make run        install into .venv, run a sweep of 12 trainings, merge the results"
 	@echo "make test       install what the tests need and run them"
 	@echo "make test-slow  the soaks that take minutes"
+	@echo "make test-slurm the tests on a real Slurm, installed if missing (root, Debian/Ubuntu)"
 	@echo "make lint       ruff, mypy and the import contract"
 	@echo "make wheel      build the wheel and try it outside the checkout"
 	@echo "make bench      the launcher beside its peers (minutes)"
@@ -23,6 +24,10 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: $(VENV)/.installed-test
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest tests/slurm
 
 lint types: $(VENV)/.installed-dev
 	$(BIN)/ruff check
