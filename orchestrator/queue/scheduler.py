@@ -311,9 +311,10 @@ class Scheduler:
             job.pid, job.pid_started = message.pid, message.pid_started
             self._context.places.started(job.place, message.keeper)
         elif isinstance(message, Exited):
-            # The next job starts before this one's record is written; unless it may be that
-            # none is to start any more.
-            if not (message.failed and self._context.limit.limit):
+            # The next job starts before this one's record is written; unless the record may
+            # say that none is to start any more, or what the next one needs.
+            last = message.failed and self._context.limit.limit is not None
+            if not last and not (job.place.need.alone and self._context.needs.learns):
                 self._release(job)
                 self._fill()
         elif isinstance(message, Busy):
