@@ -140,6 +140,9 @@ class Sandbox:
     def open_gate(self):
         (self.state / "gate").touch()
 
+    def close_gate(self):
+        (self.state / "gate").unlink()
+
     def partial_results(self):
         return list(self.outputs.glob(".sweeps/*/train_sweep_results.json.partial"))
 

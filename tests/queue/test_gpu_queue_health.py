@@ -47,15 +47,15 @@ def test_memory_that_never_goes_is_waited_for_only_so_long(gpus):
     assert 1.0 <= second.start - first.end < 30
 
 
-@pytest.mark.parametrize("need", ["null", "${mine}"])
-def test_in_a_container_jobs_of_different_sizes_do_not_wait_for_each_other(gpus, need):
+@pytest.mark.parametrize(("need", "seconds"), [("null", 4.5), ("${mine}", 3)])
+def test_in_a_container_jobs_of_different_sizes_do_not_wait(gpus, need, seconds):
     gpus.nvml.gpus([gpus.nvml.gpu(A, state="nopids")])
     text = gpus.run(
         f"hydra.launcher.memory_per_job_gb={need}",
         "x=range(3)",
         "of=[60,3,3]",
         "gb=${mine}",
-        "for_seconds=[7,0.4,0.4]",
+        f"for_seconds=[{seconds},0.3,0.3]",
         "seconds=${my_seconds}",
         "hydra.launcher.max_processes_per_gpu=2",
         constants=gpus.CONTAINER,

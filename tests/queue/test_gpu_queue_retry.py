@@ -123,7 +123,7 @@ def test_an_interrupt_while_a_retry_waits(gpus):
 def test_after_so_many_failures_nothing_more_starts(gpus, limit, failures):
     gpus.nvml.gpus([A, B])
     words = ("fail=error", "seconds=0.3", f"hydra.callbacks.results.on_failure={limit}")
-    plan = ("for_seconds=[0,1,0,1,0,0,0,0,0,0]", "fail_times=${my_seconds}", "x=range(10)")
+    plan = ("for_seconds=[0,1,0,1,0,0,0,0]", "fail_times=${my_seconds}", "x=range(8)")
     sweep = gpus.start(*plan, *words)
     assert sweep.wait() == 1
     assert "so nothing more is started" in sweep.text
@@ -135,11 +135,9 @@ def test_after_so_many_failures_nothing_more_starts(gpus, limit, failures):
     assert len(gpus.spans()) == sum(states.values()) <= 2 + 2 * failures
     assert gpus.sandbox.partial_results()
     gpus.sandbox.nobody_left()
-    # Each fails once: a limit of one is met once more.
-    for code in [1, 0] if limit == "stop" else [0]:
-        text = gpus.run(*plan, *words, expect=code)
-    assert "All runs ended" in text
-    assert gpus.sandbox.states() == {"COMPLETED": 10}
+    if limit != "stop":  # (each fails once, so a limit of one would be met once more)
+        assert "All runs ended" in gpus.run(*plan, *words)
+        assert gpus.sandbox.states() == {"COMPLETED": 8}
 
 
 def test_after_a_failure_its_own_gpu_is_not_refilled(gpus):
@@ -165,12 +163,12 @@ def test_later_batches_do_not_start_after_a_stop(gpus):
 
 def test_a_pause_does_not_cost_a_retry(gpus):
     gpus.nvml.gpus([A])
-    words = ("fail=crash", "fail_times=1", "seconds=2.5", "hydra.launcher.retries=1")
-    sweep = gpus.start("x=1", "seed=1,2", *words)
+    words = ("fail=crash", "fail_times=1", "seconds=2", "hydra.launcher.retries=1")
+    sweep = gpus.start("x=1", *words)
     gpus.wait_for_running(1, sweep)
     gpus.order("pause")
     gpus.until(lambda: "The queue is paused" in sweep.text, lambda: sweep.text)
     gpus.until(lambda: "trying again (crash" in sweep.text, lambda: sweep.text)
     assert len(gpus.spans()) == 1
     gpus.order("resume")
-    assert "All runs ended (2 completed)" in gpus.end(sweep)
+    assert "All runs ended (1 completed)" in gpus.end(sweep)
