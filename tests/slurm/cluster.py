@@ -79,6 +79,18 @@ def parse(table):
     return [dict(zip(names, line.split("|"), strict=False)) for line in lines]
 
 
+def expand(jobid):
+    """Ids of tasks: "7_[1-3,5%2]" is what Slurm calls those of an array that share a state."""
+    job, bracket, tasks = jobid.rstrip("]").partition("_[")
+    if not bracket:
+        return [jobid]
+    found = []
+    for part in tasks.partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        found += [f"{job}_{task}" for task in range(int(first), int(last or first) + 1)]
+    return found
+
+
 def processes():
     """Parents by pid, zombies left out."""
     found = {}
@@ -216,10 +228,16 @@ class Cluster:
         return parse(table)
 
     def sacct(self, *ids, fields=_SACCT_FIELDS, steps=False):
-        """What accounting says of these jobs (all, without ids), one row a job."""
+        """What accounting says of these jobs (all, without ids), one row a job or task.
+
+        Of tasks that were cancelled before they started there may be only a row with the id of
+        the array.
+        """
         words = ["sacct", "--parsable2", "--format", fields]
         words += ["--jobs", ",".join(map(str, ids))] if ids else ["--starttime", "now-1days"]
-        rows = parse(self.run(*words).stdout)
+        # Unlimited: by default what is in brackets is cut after 64 characters.
+        table = self.run(*words, env={**self.env, "SLURM_BITSTR_LEN": "0"}).stdout
+        rows = [row | {"JobID": jobid} for row in parse(table) for jobid in expand(row["JobID"])]
         return rows if steps else [row for row in rows if "." not in row["JobID"]]
 
     def job(self, jobid):
@@ -238,10 +256,10 @@ class Cluster:
             if any(row["JOBID"] in tasks and row["STATE"] in _LIVE for row in queue):
                 return None
             found = self.sacct(*ids)
-            ended = {row["JobID"] for row in found if row["End"] not in {"", "Unknown"}}
-            known = ended | {jobid.split("_")[0] for jobid in ended}
-            complete = tasks <= ended and wanted <= known and len(ended) == len(found)
-            return found if complete else None
+            ended = all(row["End"] not in {"", "Unknown"} for row in found)
+            known = {row["JobID"] for row in found}
+            known |= {jobid.split("_")[0] for jobid in known}
+            return found if ended and tasks | wanted <= known else None
 
         wanted = {str(jobid) for jobid in ids}
         return until(rows, timeout, f"jobs {sorted(wanted)} to end", pause=0.1)

@@ -82,6 +82,18 @@ def test_scancel(slurm, submit):
     assert {row["State"] for row in found} == {"CANCELLED by 0"}
 
 
+def test_tasks_that_never_start(slurm, submit):
+    job = submit("sleep 60", "--array=0-29%1")
+    until(lambda: slurm.job_processes(f"{job}_0"))
+    slurm.run("scancel", f"{job}_[1,3,5,7,9,11,13,15,17,19,21,23,25,27]")
+    slurm.run("scancel", job)
+    found = slurm.wait(job)
+    assert f"{job}_0" in rows(found)
+    assert {row["State"] for row in found} == {"CANCELLED by 0"}
+    assert not any("[" in row["JobID"] for row in found)
+    assert slurm_cluster.expand("7_[1-3,5%2]") == ["7_1", "7_2", "7_3", "7_5"]
+
+
 def test_the_queue_is_emptied_without_waiting_for_kill_wait(slurm, submit):
     jobs = [submit("trap '' TERM; while :; do sleep 1; done") for _ in range(2)]
     submit("true", "--array=0-20", "--exclusive")
