@@ -193,7 +193,7 @@ def impossible(gpus: Sequence[tuple[Gpu, int]], need: Need) -> str:
     """Why no moment will ever come for a job; empty if one may.
 
     Args:
-        gpus: those of this sweep, each with its total memory (0: not known).
+        gpus: those of this sweep, each with the memory that is free when it idles (0: not known).
         need: what the job asks for.
     """
     if need.gpus > len(gpus):
@@ -212,7 +212,7 @@ def impossible(gpus: Sequence[tuple[Gpu, int]], need: Need) -> str:
         largest = max(suitable)
         return (
             f"it needs {gb(memory)} on {need.gpus} GPUs, of which this sweep has {large}; "
-            f"the largest has {gb(largest)}"
+            f"the largest has {gb(largest)} when it idles"
         )
     return ""
 

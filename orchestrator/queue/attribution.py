@@ -32,6 +32,8 @@ class Shares:
     by_sweeps: int = 0
     # Whether nobody knows which of several jobs has how much.
     guessed: bool = False
+    # Whether NVML names processes of a sweep, but not their memory.
+    silent: bool = False
     # Whether some process belongs to no sweep; None where that cannot be told.
     foreign: bool | None = None
 
@@ -72,6 +74,7 @@ def by_pids(
     snapshot: GpuSnapshot,
     roots: Collection[int],
     known: Mapping[int, int],
+    gone: Collection[int] = (),
     parent: Callable[[int], int | None] = parent_of,
 ) -> Shares:
     """Share out by processes.
@@ -80,19 +83,24 @@ def by_pids(
         snapshot: the GPU.
         roots: the keepers of the jobs of all sweeps.
         known: the roots of processes that were looked at before, and may be dead by now.
+        gone: processes of jobs that have ended; their keeper may have another job by now.
         parent: gives a process's parent.
     """
     seen: dict[int, int] = {}
     pids: dict[int, frozenset[int]] = {}
-    foreign = False
+    left, foreign, silent = 0, False, False
     for process in snapshot.processes or ():
+        if process.pid in gone:
+            left += process.memory or 0
+            continue
         root = root_of(process.pid, roots, parent) or known.get(process.pid)
+        silent |= root is not None and process.memory is None
         if root is None:
             foreign = True
             continue
         seen[root] = seen.get(root, 0) + (process.memory or 0)
         pids[root] = pids.get(root, frozenset()) | {process.pid}
-    return Shares(seen, pids, sum(seen.values()), foreign)
+    return Shares(seen, pids, sum(seen.values()) + left, foreign=foreign, silent=silent)
 
 
 def by_growth(

@@ -6,13 +6,14 @@ of the monotonic clock, memory is in bytes.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.queue.assign import Load, Rules, impossible, schedule, why_not
 from orchestrator.queue.gpu_view import GpuView
 from orchestrator.queue.leases import Kind
-from orchestrator.queue.places import Place, Places, Use, Want
+from orchestrator.queue.places import Place, Places, Want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -43,11 +44,12 @@ class GpuPlaces(Places):
     Args:
         gpus: those of this sweep.
         rules: what it accepts on each.
-        size: jobs at a time.
+        size: jobs at a time in all; None: as many as fit.
         watcher: reads NVML; None goes by counts alone.
         tables: shared with other sweeps; None as if alone.
         stagger_s: least time between two starts on a GPU.
         release_timeout_s: how long to wait for a finished job's memory.
+        cores: jobs at a time of those that need no GPU.
         clock: the time.
         pids_tell: whether NVML's pids are those that this process sees; None: it is looked at.
     """
@@ -56,17 +58,21 @@ class GpuPlaces(Places):
         self,
         gpus: Sequence[Gpu],
         rules: Rules,
-        size: int,
+        size: int | None,
         watcher: GpuWatcher | None,
         tables: LeaseTables | None,
         *,
         stagger_s: float = 0.0,
         release_timeout_s: float = 30.0,
+        cores: int = 1,
         clock: Callable[[], float] = time.monotonic,
         pids_tell: bool | None = None,
     ) -> None:
-        super().__init__(size)
+        room = len(gpus) * rules.per_gpu
+        super().__init__(room if size is None else min(size, room))
         self.gpus = tuple(gpus)
+        self._most = math.inf if size is None else size
+        self._cores, self._on_cores = cores, 0
         self._rules = rules
         self._watcher = watcher
         self._tables = tables
@@ -97,10 +103,9 @@ class GpuPlaces(Places):
     # --- giving ---
 
     def fill(self, wants: Sequence[Want]) -> list[tuple[Want, Place]]:
-        on_cores = [want for want in wants if want.need.gpus == 0]
-        given = super().fill(on_cores)
+        given = self._fill_cores(wants)
         waiting = [want for want in wants if want.need.gpus > 0]
-        seats = self.size - self._seated
+        seats = self._most - self._seated
         if not waiting or seats <= 0:
             self._nobody_waits()
             return given
@@ -116,6 +121,16 @@ class GpuPlaces(Places):
         if not given and self._watcher is not None:  # whose next reading is the next chance
             self._in_vain = who
         return given
+
+    def _fill_cores(self, wants: Sequence[Want]) -> list[tuple[Want, Place]]:
+        """Places for jobs that need no GPU. A seat is kept for the first in line if it does."""
+        on_cores = [want for want in wants if want.need.gpus == 0]
+        kept = 1 if wants and wants[0].need.gpus else 0
+        room = min(self._cores - self._on_cores, self._most - self._seated - kept)
+        number = int(max(min(room, len(on_cores)), 0))
+        self._on_cores += number
+        self._seated += number
+        return [(want, Place(want.need)) for want in on_cores[:number]]
 
     def _can_decide(self, first: Want) -> bool:
         """Whether there is a fresh reading and, which it then holds, the lock of the tables."""
@@ -143,11 +158,12 @@ class GpuPlaces(Places):
             )
         return False
 
-    def _decide(self, waiting: list[Want], seats: int) -> list[tuple[Want, Place]]:
+    def _decide(self, waiting: list[Want], seats: float) -> list[tuple[Want, Place]]:
         loads = self._loads(self._turn_of(waiting[0]))
         needs = [want.need for want in waiting]
         chosen, held = schedule(loads, needs, self._rules, self._held)
-        given = [(waiting[n], self._occupy(waiting[n].need, gpus)) for n, gpus in chosen[:seats]]
+        chosen = chosen[: int(min(seats, len(chosen)))]
+        given = [(waiting[n], self._occupy(waiting[n].need, gpus)) for n, gpus in chosen]
         self._seated += len(given)
         left = [want for n, want in enumerate(waiting) if n not in {n for n, _ in chosen}]
         if left:
@@ -162,7 +178,7 @@ class GpuPlaces(Places):
         for gpu in gpus:
             state = self._view.states[gpu.uuid]
             state.last_start = now
-            use = place.uses[gpu.uuid] = Use()
+            use = place.uses[gpu.uuid] = state.use()
             if self._tables is not None:
                 use.lease = self._tables.add(
                     gpu.uuid,
@@ -225,7 +241,7 @@ class GpuPlaces(Places):
         self._claims.clear()
 
     def impossible(self, need: Need) -> str:
-        return impossible([(gpu, self._view.states[gpu.uuid].total) for gpu in self.gpus], need)
+        return impossible([(gpu, self._view.states[gpu.uuid].capacity) for gpu in self.gpus], need)
 
     def room(self, gpus: int) -> int:
         totals = sorted((state.total for state in self._view.states.values()), reverse=True)
@@ -244,7 +260,9 @@ class GpuPlaces(Places):
 
     def give_back(self, place: Place) -> None:
         super().give_back(place)
+        self._in_vain = ()
         if not place.gpus:
+            self._on_cores -= 1
             return
         place.ended_at = self._clock()
         for use in place.uses.values():

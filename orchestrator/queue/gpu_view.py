@@ -5,12 +5,19 @@ Times are seconds of the monotonic clock, memory is in bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.queue.assign import Load
-from orchestrator.queue.attribution import Shares, by_growth, by_pids, in_first_pid_namespace
+from orchestrator.queue.attribution import (
+    Shares,
+    by_growth,
+    by_pids,
+    in_first_pid_namespace,
+    parent_of,
+)
 from orchestrator.queue.leases import Kind
+from orchestrator.queue.places import Use
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,6 +35,10 @@ SETTLED_S = 4.0
 _LOST_READINGS = 2
 # What a driver keeps for itself on an idle GPU at most.
 _IDLE_BYTES = 256_000_000
+# What may be in use on a GPU that idles, and is then taken for the driver's own.
+_DRIVER_BYTES = 1_500_000_000
+# A job whose start a GPU's use has grown by so much since has shown its memory.
+_SHOWN_BYTES = 64_000_000
 # How long the memory of a job that declared nothing is waited for, where a threshold is set.
 _UNSEEN_S = 30.0
 # Where nobody knows how much it had, the memory of a job that has ended is gone after so long.
@@ -61,6 +72,19 @@ class GpuState:
     def total(self) -> int:
         """Its memory; 0 where that is not known."""
         return 0 if self.snapshot is None else self.snapshot.total
+
+    def use(self) -> Use:
+        """What a job has here that is just given its place."""
+        if self.snapshot is None:
+            return Use()
+        pids = frozenset(process.pid for process in self.snapshot.processes or ())
+        return Use(before=self.snapshot.used, strangers=pids)
+
+    @property
+    def capacity(self) -> int:
+        """What is free of its memory when it idles; 0 where that is not known."""
+        kept = self.baseline or 0
+        return self.total - (kept if kept <= _DRIVER_BYTES else 0)
 
 
 class GpuView:
@@ -211,10 +235,12 @@ class GpuView:
     ) -> Shares:
         roots = {place.root for place in own if place.root is not None}
         known = {pid: p.root for p in own if p.root is not None for pid in p.uses[uuid].pids}
-        shares = by_pids(snapshot, roots | {e.root for e in others if e.root}, known)
+        gone = {pid for p in own if p.ended_at is not None for pid in p.uses[uuid].pids}
+        shares = by_pids(snapshot, roots | {e.root for e in others if e.root}, known, gone)
         if shares.pids and not self._pids_tell:
             self._pids_tell = True
-        if self._pids_tell and snapshot.processes is not None:
+        named = self._pids_tell and snapshot.processes is not None
+        if named and not shares.silent:
             return shares
         baseline = self.states[uuid].baseline
         if baseline is None:  # jobs of others were there before the first look
@@ -222,7 +248,8 @@ class GpuView:
         # (A keeper has one job after another: the one that still runs last.)
         in_order = sorted(own, key=lambda place: place.ended_at is None)
         jobs = [(place.root or 0, place.need.memory) for place in in_order]
-        return by_growth(snapshot, jobs, baseline, len(others))
+        grown = by_growth(snapshot, jobs, baseline, len(others))
+        return replace(grown, pids=shares.pids, foreign=shares.foreign) if named else grown
 
     def _note_use(self, place: Place, uuid: str, snapshot: GpuSnapshot, shares: Shares) -> None:
         use, root = place.uses[uuid], place.root or -1
@@ -253,9 +280,12 @@ class GpuView:
         if snapshot is None or ended is None or snapshot.time < ended or state.error:
             return False
         if self._pids_tell and snapshot.processes is not None:
-            return not use.pids.intersection(process.pid for process in snapshot.processes)
+            listed = {process.pid for process in snapshot.processes}
+            # (A process may have come and died between two looks.)
+            ghosts = (pid for pid in listed - use.strangers if parent_of(pid) is None)
+            return not use.pids & listed and not any(ghosts)
         # No pids: it is gone when most of what the job had is.
-        if use.seen < _IDLE_BYTES // 4 or snapshot.used <= use.used - use.seen // 2:
+        if use.seen < _SHOWN_BYTES or snapshot.used <= use.used - use.seen // 2:
             return True
         return use.guessed and snapshot.time - ended >= _GUESS_S
 
@@ -269,8 +299,15 @@ def _reserved(place: Place, uuid: str) -> int:
 
 def _is_unseen(place: Place, uuid: str, now: float) -> bool:
     """Whether it is not known yet what a job that declared nothing will take."""
-    undeclared = place.need.memory is None and place.ended_at is None
-    return undeclared and not place.uses[uuid].seen and now - place.since < _UNSEEN_S
+    if (
+        place.need.memory is not None
+        or place.ended_at is not None
+        or now - place.since >= _UNSEEN_S
+    ):
+        return False
+    use = place.uses[uuid]
+    # (A guess gives a job that was just started a share of what others have.)
+    return use.used < use.before + _SHOWN_BYTES if use.guessed else not use.seen
 
 
 def _expected(place: Place, uuid: str, guess: int) -> int:

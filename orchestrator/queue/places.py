@@ -30,6 +30,9 @@ class Use:
     """What one job has of one GPU. Memory in bytes."""
 
     lease: Lease | None = None
+    # What was in use there when it got its place, and by which processes.
+    before: int = 0
+    strangers: frozenset[int] = frozenset()
     # Its memory at the last look (or a guess at it), and all of the GPU's.
     seen: int = 0
     guessed: bool = False

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from orchestrator.queue.watcher import GpuWatcher, Reading
 
 _VISIBLE, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+# What NVML says where there is nothing to be had: no reason to stop a sweep that can use cores.
+_NO_DRIVER = ("driver not loaded", "not found", "no permission")
 _NVML = "libnvidia-ml.so.1"
 # (Opening NVML may take 30 s where no daemon keeps the GPUs awake.)
 _FIRST_READING_S = 40.0
@@ -72,15 +74,15 @@ def make_places(settings: GpuQueueSettings, watcher: GpuWatcher | None) -> tuple
     # (Not for the sake of a machine without GPUs.)
     from orchestrator.queue.gpu_places import GpuPlaces
 
-    room = len(gpus) * settings.max_processes_per_gpu
     places = GpuPlaces(
         gpus,
         _rules(settings),
-        min(room, settings.max_processes or room),
+        settings.max_processes,
         watcher,
         _tables(settings, gpus),
         stagger_s=settings.stagger_s,
         release_timeout_s=settings.release_timeout_s,
+        cores=cores(),
     )
     if reading is not None:
         places.take_in(reading)
@@ -99,11 +101,11 @@ def _find_gpus(settings: GpuQueueSettings, reading: Reading | None) -> tuple[lis
         why_none = "NVML Shared Library Not Found"
     elif reading.error:
         why_none = f"NVML: {reading.error}"
-        if "did not answer" in reading.error:
+        if not any(word in reading.error.lower() for word in _NO_DRIVER):
             msg = (
-                f"{reading.error}: the driver hangs (so will nvidia-smi). "
-                "hydra.launcher.monitor=false goes by counts alone, hydra.launcher.gpus=[] uses "
-                "the cores."
+                f"There is a driver for GPUs, but NVML fails: {reading.error} (nvidia-smi should "
+                "say the same). hydra.launcher.monitor=false goes by counts alone, "
+                "hydra.launcher.gpus=[] uses the cores."
             )
             raise SweepError(msg)
     else:

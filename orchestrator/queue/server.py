@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from orchestrator.queue.keeper import keep_jobs, wake_up_on
 from orchestrator.queue.prctl import become_subreaper
-from orchestrator.queue.wire import receive_with_fds, send_with_fds
+from orchestrator.queue.wire import Ended, pack, receive_with_fds, send_with_fds, unpack
+from orchestrator.record import ErrorInfo, RunState
 
 if TYPE_CHECKING:
     from orchestrator.queue.keeper import JobBody, Preparation
@@ -89,7 +90,11 @@ class _Server:
         request, descriptors = received
         idle = (k for k in list(self._keepers.values()) if not k.busy)
         while True:
-            keeper = next(idle, None) or self._fork_keeper(descriptors)
+            try:
+                keeper = next(idle, None) or self._fork_keeper(descriptors)
+            except OSError as error:  # no process, or no descriptor, is to be had
+                self._refuse(request, descriptors, error)
+                return
             try:
                 send_with_fds(keeper.orders, request, descriptors)
             except OSError:  # it was killed while idle
@@ -100,10 +105,24 @@ class _Server:
                     os.close(descriptor)
                 return
 
+    def _refuse(self, request: bytes, descriptors: list[int], error: OSError) -> None:
+        """Answer in place of the keeper that could not be."""
+        info = ErrorInfo(type(error).__name__, f"the run could not be started: {error}")
+        record = unpack(request).record.advance(RunState.FAILED, error=info)
+        with socket.socket(fileno=descriptors[0]) as launcher, contextlib.suppress(OSError):
+            launcher.sendall(pack(Ended(record, saved=False)))
+        for descriptor in descriptors[1:]:
+            os.close(descriptor)
+
     def _fork_keeper(self, passing: list[int]) -> _KeeperLink:
         """Fork another keeper. ``passing``: descriptors on their way to it, which it gets later."""
         ours, theirs = socket.socketpair()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
             for descriptor in passing:
                 os.close(descriptor)

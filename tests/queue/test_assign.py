@@ -221,7 +221,7 @@ def test_why_a_job_waits_is_told(change, need, rules, why):
     [
         (Need(gpus=4), "it needs 4 GPUs, this sweep has 3"),
         (Need(gpus=3), "one MIG instance a process and this sweep has 2 undivided"),
-        (Need(memory=50 * G), "of which this sweep has 0; the largest has 40 GB"),
+        (Need(memory=50 * G), "of which this sweep has 0; the largest has 40 GB when it idles"),
         (Need(gpus=2, memory=30 * G), "it needs 30 GB on 2 GPUs, of which this sweep has 1"),
         (Need(gpus=2, memory=20 * G), ""),
         (Need(gpus=0, memory=500 * G), ""),
