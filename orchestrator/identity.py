@@ -96,6 +96,30 @@ def fingerprint(task: dict[Any, Any], ignore: Iterable[str] = (), app: str = "")
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
+def memory_shape(
+    config: DictConfig, settings: ResultsSettings, app: str, keys: Sequence[str] | None
+) -> str:
+    """A digest of what decides on the memory that a run takes.
+
+    Args:
+        config: the run's composed config.
+        settings: the keys that do not count: those to ignore, and the seed.
+        app: Hydra's job name.
+        keys: the dotted keys that decide; None: all that counts.
+    """
+    task = plain_task(config)
+    if keys is not None:
+        values = {key: _select(task, key.split(".")) for key in keys}
+        return fingerprint(values, (), app)
+    return fingerprint(task, (*settings.ignore, settings.seed_key), app)
+
+
+def _select(content: Any, path: list[str]) -> Any:
+    for part in path:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
 def _drop(content: Any, path: list[str]) -> None:
     *parents, last = path
     for part in parents:

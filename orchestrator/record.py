@@ -158,6 +158,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     gpu_seconds: float | None = None
     gpu_utilization: float | None = None
     metrics: dict[str, float] = {}
+    # What decides on its memory: the same for runs that take the same; empty where nobody asked.
+    memory_shape: str = ""
     command: str = ""
     # Where the command was typed: what it names by a relative path is found from there.
     cwd: str = ""

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from orchestrator.identity import (
     fingerprint,
     identify,
+    memory_shape,
     name_in_config,
     plain_task,
     read_settings,
@@ -209,3 +210,18 @@ def test_the_resolver_owns_a_directory_only_while_a_job_is_set_up(tmp_path):
     config.other = 2
     assert name_in_config("sweep.dir", _root_=config).startswith("lr_1-")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_decides_on_memory_is_the_config_but_the_seed_or_the_keys_that_are_named():
+    def shape(keys=None, app="app", **changed):
+        content = {"seed": 0, "lr": 0.1, "model": {"width": 8, "depth": 2}, "cluster": "a"}
+        config = OmegaConf.create({**content, **changed, "hydra": {"job": {"num": 1}}})
+        return memory_shape(config, ResultsSettings(ignore=["cluster"]), app, keys)
+
+    assert shape(seed=1, cluster="b") == shape()
+    wide = {"width": 9, "depth": 2}
+    assert len({shape(), shape(lr=0.2), shape(model=wide), shape(app="other")}) == 4
+    keys = ["model.width", "missing.key"]
+    assert shape(keys, lr=0.2) == shape(keys)
+    assert shape(["model"], lr=0.2) == shape(["model"])
+    assert len({shape(keys), shape(keys, model=wide), shape(["model"]), shape([])}) == 4

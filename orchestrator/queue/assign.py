@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from orchestrator.wording import plural
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -45,8 +47,9 @@ class Load:
     by_sweeps: int = 0
     # Whether a process computes on it that no sweep started.
     foreign: bool = False
-    # Whether it answers and is neither paused nor drained.
+    # Whether it answers and is neither paused nor drained; which of these it is.
     usable: bool = True
+    closed: str = ""
     # Whether it may take a job at this moment: the stagger is over, its last job has shown.
     ready: bool = True
     # Whether another sweep has waited for it for longer.
@@ -70,13 +73,13 @@ def why_not(load: Load, need: Need, rules: Rules) -> str:
     """Why a GPU cannot take a job now, for a person; empty where it can."""
     limit = min(rules.per_gpu, load.limit or rules.per_gpu, 1 if need.alone else rules.per_gpu)
     if not load.usable:
-        return "it is paused, drained or does not answer"
+        return load.closed or "it does not answer"
     if not load.ready:
         return "a job has just been started there, its memory is still to come"
     if load.awaited:
         return "another sweep has waited for it for longer"
     if load.processes >= limit:
-        return f"{load.processes} jobs run there, at most {limit} may"
+        return f"{plural(load.processes, 'job')} there, and at most {limit} at a time"
     if rules.exclusive and load.foreign:
         return "another program computes there (exclusive)"
     if not load.measured:

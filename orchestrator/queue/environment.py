@@ -20,6 +20,7 @@ _XLA_SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 # JAX gives up where this, its newer name, is set as well.
 _XLA_SHARE_TOO = "XLA_CLIENT_MEM_FRACTION"
 _TF_GROWTH = "TF_FORCE_GPU_ALLOW_GROWTH"
+_AS_NEEDED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", _TF_GROWTH: "true"}
 # What a CUDA context and the display may take is not to be shared out.
 _MOST = 0.95
 _TO_SHARE_OUT = 0.9
@@ -63,8 +64,12 @@ def job_environment(
         variables[_VISIBLE] = ",".join(gpu.uuid for gpu in gpus)
     elif need.gpus == 0 and not cpu_only:
         variables[_VISIBLE] = ""
-    if gpus and settings.share_memory and settings.max_processes_per_gpu > 1 and not need.alone:
-        variables |= _share(settings, need, totals, environ)
+    if gpus and settings.share_memory and settings.max_processes_per_gpu > 1:
+        if not need.alone:
+            variables |= _share(settings, need, totals, environ)
+        elif need.memory is None:
+            # What it needs is being measured: it is to take that, not the whole GPU.
+            variables |= {k: v for k, v in _AS_NEEDED.items() if k not in environ}
     facts = {
         "gpu": ",".join(gpu.label for gpu in gpus),
         "uuid": ",".join(gpu.uuid for gpu in gpus),

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.queue.assign import Load, Rules, impossible, schedule, why_not
 from orchestrator.queue.gpu_view import GpuView
-from orchestrator.queue.leases import Kind
+from orchestrator.queue.leases import Kind, LeaseError
+from orchestrator.queue.line import Line
 from orchestrator.queue.places import Place, Places, Want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from orchestrator.queue.gpus import Gpu
-    from orchestrator.queue.leases import Lease, LeaseTables
+    from orchestrator.queue.leases import LeaseTables
     from orchestrator.queue.needs import Need
     from orchestrator.queue.watcher import GpuWatcher, Reading
 
@@ -29,12 +30,8 @@ _FRESH_S, _OLDEST_S = 1.0, 3.0
 # How often NVML is read: while jobs run (oftener at first: half the age of the youngest), while
 # others' jobs are waited for, while memory is about to be free; and while it does not answer.
 _YOUNG_S, _RUNNING_S, _WAITING_S, _RELEASING_S, _SILENT_S = 0.1, 1.0, 0.2, 0.03, 1.0
-_LOCK_RETRY_S = 0.005
+_LOCK_RETRY_S, _TABLES_RETRY_S = 0.005, 1.0
 _LOCK_COMPLAINT_S = 10.0
-# After this long a waiting job is made known to other sweeps, and to the user.
-_CLAIM_S = 10.0
-_EXPLAIN_S, _EXPLAIN_AGAIN_S = 10.0, 600.0
-# Too few GPUs for any waiting job for so long: nothing more will start.
 _HOPELESS_S = 120.0
 
 
@@ -82,15 +79,10 @@ class GpuPlaces(Places):
         self._view = GpuView(gpus, tables, self._tell, pids_tell)
         self._places: list[Place] = []
         self._asked_at = float("-inf")
-        self._held: frozenset[str] = frozenset()
-        self._claims: dict[str, Lease] = {}
-        self._first: Want | None = None
-        # Whose turn it is, and since when: of many that are looked at together only the first
-        # has waited for long, or all of them would go before other sweeps.
-        self._turn: tuple[Any, float] = (object(), 0.0)
+        self._line = Line(tables, rules.per_gpu, clock)
         self._lock_asked: float | None = None
+        self._tables_error = ""
         self._retry_at: float | None = None
-        self._explained_at: float | None = None
         # The fewest GPUs that a waiting job needs, and since when fewer than these answer.
         self._fewest = 1
         self._too_few_since: float | None = None
@@ -111,6 +103,8 @@ class GpuPlaces(Places):
             return given
         self._fewest = min(want.need.gpus for want in waiting)
         who = tuple(map(id, waiting))
+        if self._retry_at is not None and self._clock() < self._retry_at:
+            return given
         if who == self._in_vain or not self._can_decide(waiting[0]):
             return given
         try:
@@ -138,12 +132,17 @@ class GpuPlaces(Places):
         view = self._view
         fresh = now - view.came_at <= _FRESH_S and now - view.read_at <= _OLDEST_S
         if self._watcher is not None and not fresh:
-            self._turn_of(first)
+            self._line.turn_of(first)
             if not self._view.error:  # else it is asked from time to time
                 self._ask()
             return False
         self._retry_at = None
-        if self._tables is None or self._tables.try_lock():
+        try:
+            locked = self._tables is None or self._tables.try_lock()
+        except LeaseError as error:
+            self._wait_for_tables(error)
+            return False
+        if locked:
             self._lock_asked = None
             return True
         self._retry_at = now + _LOCK_RETRY_S
@@ -151,20 +150,26 @@ class GpuPlaces(Places):
             self._lock_asked = now
         elif now - self._lock_asked > _LOCK_COMPLAINT_S:
             self._lock_asked = now
+            hint = "" if self._tables is None else self._tables.holder_hint()
             self.say(
                 f"The lease tables have been locked for {_LOCK_COMPLAINT_S:.0f} s "
-                f"({self._tables.holder_hint()}); waiting. hydra.launcher.leases=false does not "
+                f"({hint}); waiting. hydra.launcher.leases=false does not "
                 "share GPUs with other sweeps."
             )
         return False
 
     def _decide(self, waiting: list[Want], seats: float) -> list[tuple[Want, Place]]:
-        loads = self._loads(self._turn_of(waiting[0]))
+        loads = self._loads(self._line.turn_of(waiting[0]))
         needs = [want.need for want in waiting]
-        chosen, held = schedule(loads, needs, self._rules, self._held)
+        chosen, held = schedule(loads, needs, self._rules, self._line.held)
         chosen = chosen[: int(min(seats, len(chosen)))]
-        given = [(waiting[n], self._occupy(waiting[n].need, gpus)) for n, gpus in chosen]
-        self._seated += len(given)
+        given: list[tuple[Want, Place]] = []
+        for number, gpus in chosen:
+            place = self._occupy(waiting[number].need, gpus)
+            if place is None:
+                return given
+            given.append((waiting[number], place))
+            self._seated += 1
         left = [want for n, want in enumerate(waiting) if n not in {n for n, _ in chosen}]
         if left:
             self._wait_for(left[0], held, loads)
@@ -172,23 +177,36 @@ class GpuPlaces(Places):
             self._nobody_waits()
         return given
 
-    def _occupy(self, need: Need, gpus: tuple[Gpu, ...]) -> Place:
+    def _occupy(self, need: Need, gpus: tuple[Gpu, ...]) -> Place | None:
+        """Take GPUs for a job; None where the tables cannot be written for now."""
         now = self._clock()
         place = Place(need, gpus, now)
+        try:
+            for gpu in gpus:
+                use = place.uses[gpu.uuid] = self._view.states[gpu.uuid].use()
+                if self._tables is not None:
+                    use.lease = self._tables.add(
+                        gpu.uuid,
+                        Kind.RUN,
+                        limit=1 if need.alone else self._rules.per_gpu,
+                        reserved=need.memory or 0,
+                        since=now,
+                    )
+        except LeaseError as error:
+            _give_up_leases(place)
+            self._wait_for_tables(error)
+            return None
         for gpu in gpus:
-            state = self._view.states[gpu.uuid]
-            state.last_start = now
-            use = place.uses[gpu.uuid] = state.use()
-            if self._tables is not None:
-                use.lease = self._tables.add(
-                    gpu.uuid,
-                    Kind.RUN,
-                    limit=1 if need.alone else self._rules.per_gpu,
-                    reserved=need.memory or 0,
-                    since=now,
-                )
+            self._view.states[gpu.uuid].last_start = now
         self._places.append(place)
         return place
+
+    def _wait_for_tables(self, error: LeaseError) -> None:
+        """A disk is full, say: what runs is not to suffer, what waits waits."""
+        self._retry_at = self._clock() + _TABLES_RETRY_S
+        if str(error) != self._tables_error:
+            self._tables_error = str(error)
+            self.say(f"{error} Nothing is started on a GPU until that is mended.")
 
     def _loads(self, since: float) -> list[Load]:
         now = self._clock()
@@ -202,43 +220,20 @@ class GpuPlaces(Places):
     # --- waiting ---
 
     def _wait_for(self, first: Want, held: frozenset[str], loads: Sequence[Load]) -> None:
-        now, since, self._held = self._clock(), self._turn_of(first), held
-        if now - since > _CLAIM_S:
-            self._claim(held, since)
-        if self._explained_at is None:
-            self._explained_at = now + _EXPLAIN_S - _EXPLAIN_AGAIN_S
-        elif not self._seated and now - self._explained_at > _EXPLAIN_AGAIN_S:
-            self._explained_at = now
+        self._line.hold(held)
+        if not self._seated and self._line.is_to_be_explained():
             reasons = "; ".join(
-                f"GPU {x.gpu.label}: {why_not(x, first.need, self._rules)}" for x in loads
+                f"GPU {x.gpu.label}: {why_not(x, first.need, self._rules) or 'it fits'}"
+                for x in loads
             )
-            self.say(f"Waiting for {first.need.gpus} of the GPUs. {reasons}.")
-
-    def _turn_of(self, first: Want) -> float:
-        """Since when it is the turn of who waits first."""
-        self._first = first
-        if self._turn[0] is not first.key:
-            self._turn = (first.key, self._clock())
-            self._claim(frozenset(), 0.0)
-        return self._turn[1]
-
-    def _claim(self, uuids: frozenset[str], since: float) -> None:
-        """Tell other sweeps which GPUs the first of the waiting has waited for, since when."""
-        for uuid in self._claims.keys() - uuids:
-            self._claims.pop(uuid).release()
-        if self._tables is not None:
-            for uuid in uuids - self._claims.keys():
-                self._claims[uuid] = self._tables.add(
-                    uuid, Kind.WAIT, limit=self._rules.per_gpu, reserved=0, since=since
-                )
+            number = first.need.gpus
+            wanted = "a GPU" if number == 1 else f"{number} GPUs at a time"
+            self.say(f"Waiting for {wanted}. {reasons}.")
 
     def _nobody_waits(self) -> None:
-        self._first, self._held, self._explained_at = None, frozenset(), None
+        self._line.clear()
         self._lock_asked = self._retry_at = self._too_few_since = None
         self._in_vain = ()
-        for claim in self._claims.values():
-            claim.release()
-        self._claims.clear()
 
     def impossible(self, need: Need) -> str:
         return impossible([(gpu, self._view.states[gpu.uuid].capacity) for gpu in self.gpus], need)
@@ -291,9 +286,7 @@ class GpuPlaces(Places):
         self._in_vain = ()
         self._places.remove(place)
         self._view.changed.pop(place, None)
-        for use in place.uses.values():
-            if use.lease is not None:
-                use.lease.release()
+        _give_up_leases(place)
         self._tell_of_drained()
 
     # --- watching ---
@@ -339,13 +332,13 @@ class GpuPlaces(Places):
 
     def _interval(self) -> float | None:
         if self._view.error:
-            return _SILENT_S if self._places or self._first is not None else None
+            return _SILENT_S if self._places or self._line.waiting else None
         if self.releasing:
             return _RELEASING_S
         if not self._places:
-            return None if self._first is None else _WAITING_S
+            return None if not self._line.waiting else _WAITING_S
         youngest = self._clock() - max(place.since for place in self._places)
-        longest = _RUNNING_S if self._first is None else _WAITING_S
+        longest = _RUNNING_S if not self._line.waiting else _WAITING_S
         return max(_YOUNG_S, min(youngest / 2, longest))
 
     def patience(self) -> float | None:
@@ -353,7 +346,7 @@ class GpuPlaces(Places):
         due = [self._retry_at] if self._retry_at is not None else []
         if self._watcher is None:
             # By counts alone, other sweeps' ends are seen only by looking.
-            if self._first is not None and (self._tables is not None or self._stagger_s):
+            if self._line.waiting and (self._tables is not None or self._stagger_s):
                 due.append(now + _WAITING_S)
         elif self._watcher.outstanding:
             deadline = self._watcher.deadline()
@@ -369,6 +362,8 @@ class GpuPlaces(Places):
 
     def take_changed(self) -> list[Place]:
         changed = list(self._view.changed)
+        for place in changed:
+            place.told_at = self._clock()
         self._view.changed.clear()
         return changed
 
@@ -405,3 +400,9 @@ class GpuPlaces(Places):
         self._nobody_waits()
         if self._tables is not None:  # a lease then lasts until its job's keeper has ended
             self._tables.close()
+
+
+def _give_up_leases(place: Place) -> None:
+    for use in place.uses.values():
+        if use.lease is not None:
+            use.lease.release()

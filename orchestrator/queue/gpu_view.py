@@ -43,6 +43,8 @@ _SHOWN_BYTES = 64_000_000
 _UNSEEN_S = 30.0
 # Where nobody knows how much it had, the memory of a job that has ended is gone after so long.
 _GUESS_S = 2.0
+# How often a job's utilisation is told to its keeper.
+_TELL_S = 5.0
 # By how much a peak has to rise to be told.
 _TOLD_SHARE = 0.02
 
@@ -172,6 +174,7 @@ class GpuView:
             by_sweeps=state.shares.by_sweeps,
             foreign=state.foreign,
             usable=state.usable,
+            closed={"pause": "it is paused", "drain": "it is drained"}.get(state.closed, ""),
             ready=now - last_start >= stagger_s and not unseen,
             awaited=any(e.kind is Kind.WAIT and e.since < since for e in others),
         )
@@ -244,7 +247,7 @@ class GpuView:
             return shares
         baseline = self.states[uuid].baseline
         if baseline is None:  # jobs of others were there before the first look
-            baseline = snapshot.used
+            baseline = self.states[uuid].baseline = snapshot.used
         # (A keeper has one job after another: the one that still runs last.)
         in_order = sorted(own, key=lambda place: place.ended_at is None)
         jobs = [(place.root or 0, place.need.memory) for place in in_order]
@@ -266,7 +269,8 @@ class GpuView:
         if snapshot.utilization is not None:
             place.busy += snapshot.utilization
             place.looks += 1
-            self.changed[place] = None
+            if snapshot.time - place.told_at > _TELL_S:
+                self.changed[place] = None
         if use.seen and use.seen > (place.peak or 0) * (1 + _TOLD_SHARE):
             place.peak = use.seen
             self.changed[place] = None

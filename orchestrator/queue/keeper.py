@@ -56,6 +56,7 @@ class Reason(enum.Enum):
 
     STOPPED = "the sweep was stopped by Ctrl+C or a signal"
     LAUNCHER_DIED = "the launcher died"
+    LAUNCHER_FAILED = "the launcher failed, as it says itself"
     SERVER_DIED = "the job server died"
     TIMEOUT = "it reached its time limit"
     GPU_LOST = "its GPU was lost"

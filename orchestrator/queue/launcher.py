@@ -74,6 +74,7 @@ class GpuQueue:
         self._watcher = start_watcher(settings, self._method)
         self._places: Places | None = None
         self._where = ""
+        self._control: Control | None = None
         self._failures = 0
         self._told = False
 
@@ -127,8 +128,8 @@ class GpuQueue:
             needs=needs,
             retry=retry,
             limit=limit,
-            control=Control(sweep.directory / CONTROL_NAME),
-            threads=settings.threads or _threads(places.size),
+            control=self._control or Control(sweep.directory / CONTROL_NAME),
+            threads=settings.threads or _threads(_jobs_at_a_time(places, needs)),
             progress=progress,
             make_server=self._start_server,
             server=self._server,
@@ -151,10 +152,11 @@ class GpuQueue:
     def _make_needs(self) -> Needs:
         raw = OmegaConf.to_container(self._config.hydra.launcher, resolve=False)
         assert isinstance(raw, dict)
-        needs = Needs(self._settings, raw, self._planner.results.seed_key)  # type: ignore[arg-type]
+        needs = Needs(self._settings, raw)  # type: ignore[arg-type]
+        self._planner.shapes = needs.learns
         if needs.learns:
             for record in self._planner.completed():
-                needs.learn(record.hyperparams, record.peak_gpu_memory_gb)
+                needs.learn(record.memory_shape, record.peak_gpu_memory_gb)
         return needs
 
     def _make_places(self, needs: Needs) -> Places:
@@ -182,6 +184,7 @@ class GpuQueue:
                 results_file=None if results_file is None else Path(results_file).absolute(),
                 gpus=self._places.gpus if self._places else (),
             )
+            self._control = Control(sweep.directory / CONTROL_NAME)
         else:
             sweep.reopen()
         if self._last_results is not None:  # this launch will see to it
@@ -279,6 +282,11 @@ def _to_preload(preload: Any, config: DictConfig) -> list[str]:
     if not preload:
         return []
     return [preload] if isinstance(preload, str) else [str(name) for name in preload]
+
+
+def _jobs_at_a_time(places: Places, needs: Needs) -> int:
+    gpus = 1 if needs.constant is None else needs.constant.gpus
+    return max(1, places.size // max(gpus, 1)) if places.gpus else places.size
 
 
 def _threads(slots: int) -> int:

@@ -36,14 +36,23 @@ class JobLink:
 
     def stop(self, reason: str = "STOPPED") -> None:
         """Have the job ended; ``reason`` is the name of a `keeper.Reason`."""
-        self._tell(Stop(reason))
+        if not self._tell(Stop(reason)):
+            # A keeper that has not listened for long finds the end of what was said.
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_WR)
 
     def tell_usage(self, usage: Usage) -> None:
         self._tell(usage)
 
-    def _tell(self, message: Stop | Usage) -> None:
+    def _tell(self, message: Stop | Usage) -> bool:
+        """Whether there was room for a message; the launcher never waits for a keeper."""
+        data = pack(message)
         with contextlib.suppress(OSError):
-            self._connection.sendall(pack(message))
+            sent = self._connection.send(data, socket.MSG_DONTWAIT)
+            if sent < len(data):  # (the kernel takes messages as small as ours whole)
+                self._connection.sendall(data[sent:])
+            return True
+        return False
 
     def close(self) -> None:
         self._connection.close()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from orchestrator.record import to_plain
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
@@ -63,20 +61,15 @@ class Needs:
         settings: the queue's own.
         raw_launcher: ``OmegaConf.to_container(config.hydra.launcher, resolve=False)``; it shows
             which keys are interpolations, to be looked up in each run's own config.
-        seed_key: the hyperparameter that has no part in how much memory a run takes.
 
     Raises:
         SweepError: a value that holds for all runs is none that can be used.
     """
 
-    def __init__(
-        self, settings: GpuQueueSettings, raw_launcher: Mapping[str, Any], seed_key: str
-    ) -> None:
+    def __init__(self, settings: GpuQueueSettings, raw_launcher: Mapping[str, Any]) -> None:
         self._values = {_GPUS: settings.gpus_per_job, _MEMORY: settings.memory_per_job_gb}
         self._per_run = {key for key in self._values if _is_interpolation(raw_launcher.get(key))}
         self._margin = _checked_margin(settings.memory_margin)
-        self._keys = None if settings.memory_keys is None else tuple(settings.memory_keys)
-        self._seed_key = seed_key
         # The highest peak that a run of each shape has had, in bytes.
         self._peaks: dict[str, float] = {}
         gpus = None if _GPUS in self._per_run else _gpus(self._values[_GPUS])
@@ -97,14 +90,14 @@ class Needs:
 
     def of(
         self,
-        hyperparams: Mapping[str, Any],
+        shape: str,
         config: Callable[[], DictConfig],
         room: Callable[[int], int] = lambda _: 0,
     ) -> Need:
         """What a run needs, as far as is known now.
 
         Args:
-            hyperparams: what tells the run from others of the sweep.
+            shape: what decides on its memory, see `identity.memory_shape`.
             config: composes the run's own config, Hydra's node included; it is called where a
                 key has to be looked up in it.
             room: the memory that so many GPUs have each; 0 where that is not known.
@@ -120,7 +113,7 @@ class Needs:
         memory = _memory(self._value(_MEMORY, composed))
         if memory != AUTO or gpus == 0:
             return _need(gpus, memory)
-        peak = self._peaks.get(self._shape(hyperparams))
+        peak = self._peaks.get(shape)
         if peak is None:
             return Need(gpus, alone=True)
         # (Rounded first: 1.1 times 2 is not to be a megabyte more than 2.2.)
@@ -129,15 +122,14 @@ class Needs:
         # Where there is no room for the margin, it has run before, too.
         return Need(gpus, alone=True) if 0 < total * _MOST // 100 < memory else Need(gpus, memory)
 
-    def learn(self, hyperparams: Mapping[str, Any], peak_gb: float | None) -> bool:
+    def learn(self, shape: str, peak_gb: float | None) -> bool:
         """Take in the peak that a COMPLETED run has had on one of its GPUs, if it is known.
 
         Returns:
             Whether runs may need something else now.
         """
-        if peak_gb is None or not 0 < peak_gb < math.inf:
+        if not shape or peak_gb is None or not 0 < peak_gb < math.inf:
             return False
-        shape = self._shape(hyperparams)
         before = self._peaks.get(shape, 0.0)
         self._peaks[shape] = max(before, peak_gb * GB)
         return self.learns and self._peaks[shape] > before
@@ -146,23 +138,6 @@ class Needs:
         if composed is None or key not in self._per_run:
             return self._values[key]
         return OmegaConf.select(composed, f"hydra.launcher.{key}", throw_on_missing=True)
-
-    def _shape(self, hyperparams: Mapping[str, Any]) -> str:
-        chosen = {
-            key: value
-            for key, value in hyperparams.items()
-            if (
-                not _is_at_or_below(key, (self._seed_key,))
-                if self._keys is None
-                else _is_at_or_below(key, self._keys)
-            )
-        }
-        # Equal for hyperparameters from a command line and from a record.
-        return json.dumps(to_plain(chosen), sort_keys=True)
-
-
-def _is_at_or_below(key: str, parents: tuple[str, ...]) -> bool:
-    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def _is_interpolation(raw: Any) -> bool:

@@ -59,6 +59,7 @@ class Place:
     peak: int | None = None
     # The utilisation of its GPUs, in percent, summed over so many looks.
     busy: float = 0.0
+    told_at: float = float("-inf")
     looks: int = 0
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from orchestrator.identity import Identity, identify, results_settings
+from orchestrator.identity import Identity, identify, memory_shape, results_settings
 from orchestrator.overrides import as_typed
 from orchestrator.queue.environment import job_environment
 from orchestrator.queue.task import number_job, output_dir
@@ -47,6 +47,8 @@ class Plan:
     directory: Path
     # The record that answers, where the run is done already.
     done: RunRecord | None = None
+    # What decides on the memory that it takes; empty where nobody asks.
+    shape: str = ""
 
 
 class Planner:
@@ -70,6 +72,8 @@ class Planner:
         self._launcher = launcher
         # Packs jobs for fresh interpreters; None while jobs are forked.
         self.shipper: Shipper | None = None
+        # Whether plans tell the shape of their runs.
+        self.shapes = False
         self._hydra_overrides = as_typed(config.hydra, "hydra")
         self._app = str(config.hydra.job.name)
         self._cwd = os.getcwd()  # noqa: PTH109
@@ -103,13 +107,17 @@ class Planner:
             Exception: Hydra's own, where the point cannot be composed.
             OSError: its directory cannot be made.
         """
-        who = identify(self._composer.task_config(overrides), overrides, self.results, self._app)
+        config = self._composer.task_config(overrides)
+        who = identify(config, overrides, self.results, self._app)
         done = self._recorded(who)
         if done is not None:
             return Plan(index, num, tuple(overrides), who, done[0], done[1])
         wanted = self._wanted_directory(num, overrides, who)
         directory = own_directory(wanted, who.fingerprint)
-        return Plan(index, num, tuple(overrides), who, directory)
+        shape = ""
+        if self.shapes:
+            shape = memory_shape(config, self.results, self._app, self._launcher.memory_keys)
+        return Plan(index, num, tuple(overrides), who, directory, shape=shape)
 
     def _wanted_directory(self, num: int, overrides: Sequence[str], who: Identity) -> Path:
         if self._named:
@@ -169,6 +177,7 @@ class Planner:
             command=self._command(plan.overrides),
             cwd=self._cwd,
             versions=sweep.versions,
+            memory_shape=plan.shape,
         )
         return JobRequest(
             num=plan.num,

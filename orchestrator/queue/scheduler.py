@@ -98,7 +98,7 @@ class Scheduler:
                 self._wait()
         finally:
             for job in self._jobs.values():
-                job.link.stop()
+                job.link.stop("LAUNCHER_FAILED")
             self._selector.close()
 
     def _nothing_left(self) -> bool:
@@ -124,7 +124,9 @@ class Scheduler:
 
     def _line_up(self) -> None:
         """Have as many runs waiting as are looked at together."""
-        while len(self._waiting) < self._lookahead:
+        # (A run that is tried again may need more than those behind it, which fill the gaps.)
+        again = any(want.key.number > 1 for want in self._waiting)
+        while len(self._waiting) < (_LOOKAHEAD if again else self._lookahead):
             plan = self._take_plan()
             if plan is None:
                 return
@@ -139,7 +141,7 @@ class Scheduler:
     def _need(self, plan: Plan) -> Need:
         context = self._context
         need = context.needs.of(
-            plan.who.hyperparams,
+            plan.shape,
             lambda: context.composer.compose(plan.overrides),
             context.places.room,
         )
@@ -322,7 +324,8 @@ class Scheduler:
             self._context.progress.running.pop(job.plan.index, None)
             if not self._later:
                 name = job.request.record.model_name
-                self._context.progress.say(f"{name} is being run by another launcher; waiting.")
+                why = message.reason or "is being run by another launcher"
+                self._context.progress.say(f"{name} {why}; waiting.")
             self._later.append((self._context.clock() + _BUSY_INTERVAL_S, job.plan))
         elif isinstance(message, Ended):
             job.answered = True
@@ -342,7 +345,7 @@ class Scheduler:
             answers.take_recorded(job.plan, record)
             return
         if record.state is RunState.COMPLETED:
-            if self._context.needs.learn(record.hyperparams, record.peak_gpu_memory_gb):
+            if self._context.needs.learn(record.memory_shape, record.peak_gpu_memory_gb):
                 self._think_again()
         elif self._try_again(job, record):
             return

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.queue.keeper import keep_jobs, wake_up_on
 from orchestrator.queue.prctl import become_subreaper
-from orchestrator.queue.wire import Ended, pack, receive_with_fds, send_with_fds, unpack
-from orchestrator.record import ErrorInfo, RunState
+from orchestrator.queue.wire import Busy, pack, receive_with_fds, send_with_fds
 
 if TYPE_CHECKING:
     from orchestrator.queue.keeper import JobBody, Preparation
@@ -93,7 +92,7 @@ class _Server:
             try:
                 keeper = next(idle, None) or self._fork_keeper(descriptors)
             except OSError as error:  # no process, or no descriptor, is to be had
-                self._refuse(request, descriptors, error)
+                self._refuse(descriptors, error)
                 return
             try:
                 send_with_fds(keeper.orders, request, descriptors)
@@ -105,12 +104,10 @@ class _Server:
                     os.close(descriptor)
                 return
 
-    def _refuse(self, request: bytes, descriptors: list[int], error: OSError) -> None:
-        """Answer in place of the keeper that could not be."""
-        info = ErrorInfo(type(error).__name__, f"the run could not be started: {error}")
-        record = unpack(request).record.advance(RunState.FAILED, error=info)
+    def _refuse(self, descriptors: list[int], error: OSError) -> None:
+        """Answer in place of the keeper that could not be: the launcher asks again."""
         with socket.socket(fileno=descriptors[0]) as launcher, contextlib.suppress(OSError):
-            launcher.sendall(pack(Ended(record, saved=False)))
+            launcher.sendall(pack(Busy(f"cannot be started now ({error})")))
         for descriptor in descriptors[1:]:
             os.close(descriptor)
 

@@ -81,7 +81,12 @@ class Exited:
 
 @dataclass(frozen=True)
 class Busy:
-    """Keeper to launcher: another process works in this run's directory."""
+    """Keeper to launcher: another process works in this run's directory.
+
+    Or, from the job server, with a reason: the run cannot be started at this moment.
+    """
+
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -198,12 +198,13 @@ def test_the_first_moves_on_to_gpus_that_are_emptier_by_now():
 @pytest.mark.parametrize(
     ("change", "need", "rules", "why"),
     [
-        ({"usable": False}, Need(), Rules(), "paused"),
+        ({"usable": False, "closed": "it is paused"}, Need(), Rules(), "it is paused"),
+        ({"usable": False}, Need(), Rules(), "does not answer"),
         ({"ready": False}, Need(), Rules(), "just been started"),
         ({"awaited": True}, Need(), Rules(), "another sweep has waited"),
-        ({"processes": 2, "limit": 4}, Need(), Rules(2), "2 jobs run there, at most 2 may"),
-        ({"processes": 1, "limit": 1}, Need(), Rules(4), "1 jobs run there, at most 1 may"),
-        ({"processes": 1, "limit": 4}, Need(alone=True), Rules(4), "1 jobs run there"),
+        ({"processes": 2, "limit": 4}, Need(), Rules(2), "2 jobs there, and at most 2"),
+        ({"processes": 1, "limit": 1}, Need(), Rules(4), "1 job there, and at most 1"),
+        ({"processes": 1, "limit": 4}, Need(alone=True), Rules(4), "1 job there"),
         ({"foreign": True}, Need(), Rules(exclusive=True), "another program"),
         ({"used": 41 * G, "free": 39 * G}, Need(), Rules(threshold=40 * G), "41 GB are in use"),
         ({"free": 9 * G}, Need(memory=10 * G), Rules(), "9 GB are free, the job needs 10 GB"),

@@ -16,9 +16,9 @@ from orchestrator.queue.settings import GpuQueueSettings
 from orchestrator.sweep.errors import SweepError
 
 
-def needs(raw=None, seed_key="seed", **settings):
+def needs(raw=None, **settings):
     """As the launcher makes them; ``raw`` holds what is not resolved."""
-    return Needs(GpuQueueSettings(**settings), {**settings, **(raw or {})}, seed_key)
+    return Needs(GpuQueueSettings(**settings), {**settings, **(raw or {})})
 
 
 def never():
@@ -50,7 +50,7 @@ def test_values_for_all_runs_are_one_need_without_composing(settings, need):
     assert not found.vary
     assert not found.learns
     assert found.constant == need
-    assert found.of({"lr": 1}, never) == need
+    assert found.of("a", never) == need
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_interpolations_are_looked_up_in_each_runs_own_config():
     for gb, gpus in ((4, 1), (1.5, 2), (None, 3)):
         config = config_of("${model.gb}", "${model.gpus}", gb=gb, gpus=gpus)
         wanted = None if gb is None else gb * GB
-        assert found.of({}, lambda config=config: config) == Need(gpus, wanted)
+        assert found.of("a", lambda config=config: config) == Need(gpus, wanted)
 
 
 def test_a_key_that_is_no_interpolation_is_not_looked_up():
     found = needs({"gpus_per_job": "${model.gpus}"}, memory_per_job_gb=3)
     assert not found.learns
     config = config_of("${nowhere}", "${model.gpus}", gpus=2)
-    assert found.of({}, lambda: config) == Need(2, 3 * GB)
+    assert found.of("a", lambda: config) == Need(2, 3 * GB)
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_a_key_that_is_no_interpolation_is_not_looked_up():
 def test_what_one_run_has_wrong_is_its_own_failure(model, error, words):
     found = needs({"memory_per_job_gb": "${model.gb}"}, memory_per_job_gb=4)
     with pytest.raises(error, match=words):
-        found.of({}, lambda: config_of("${model.gb}", **model))
+        found.of("a", lambda: config_of("${model.gb}", **model))
     good = config_of("${model.gb}", gb=2)
-    assert found.of({}, lambda: good) == Need(1, 2 * GB)
+    assert found.of("a", lambda: good) == Need(1, 2 * GB)
 
 
 def test_a_run_without_gpus_needs_no_memory_but_its_value_is_checked():
     found = needs({"gpus_per_job": "${model.gpus}"}, memory_per_job_gb="auto")
     config = config_of("auto", "${model.gpus}", gpus=0)
-    assert found.of({}, lambda: config) == Need(0)
+    assert found.of("a", lambda: config) == Need(0)
     found = needs({"memory_per_job_gb": "${model.gb}"}, gpus_per_job=0)
     with pytest.raises(SweepError):
-        found.of({}, lambda: config_of("${model.gb}", gb="x"))
+        found.of("a", lambda: config_of("${model.gb}", gb="x"))
 
 
 # --- auto ---
@@ -126,54 +126,43 @@ def test_auto_runs_alone_until_a_run_of_the_same_shape_has_shown_its_peak():
     found = needs(memory_per_job_gb="auto")
     assert found.vary
     assert found.learns
-    small, large = {"width": 1, "seed": 0}, {"width": 2, "seed": 0}
-    assert found.of(small, never) == Need(1, None, alone=True)
-    found.learn(small, 2.0)
-    assert found.of({"width": 1, "seed": 7}, never) == Need(1, 2_200_000_000)
-    assert found.of(large, never) == Need(1, None, alone=True)
-    found.learn({"width": 1, "seed": 3}, 3.0)
-    found.learn({"width": 1, "seed": 4}, 1.0)
-    assert found.of(small, never) == Need(1, 3_300_000_000)
+    assert found.of("small", never) == Need(1, None, alone=True)
+    assert found.learn("small", 2.0)
+    assert found.of("small", never) == Need(1, 2_200_000_000)
+    assert found.of("large", never) == Need(1, None, alone=True)
+    assert found.learn("small", 3.0)
+    assert not found.learn("small", 1.0)
+    assert found.of("small", never) == Need(1, 3_300_000_000)
 
 
-def test_auto_by_chosen_keys_takes_all_below_them_and_nothing_else():
-    found = needs(memory_per_job_gb="auto", memory_keys=["model"], memory_margin=0.0)
-    found.learn({"model.width": 1, "models": 1, "lr": 0.1}, 1.0)
-    assert found.of({"model.width": 1, "models": 2, "lr": 0.2}, never).memory == GB
-    assert found.of({"model.width": 2, "models": 1, "lr": 0.1}, never).alone
-    found.learn({"model": "mlp"}, 5.0)
-    assert found.of({"model": "mlp", "lr": 3}, never).memory == 5 * GB
-
-
-def test_auto_with_no_keys_knows_one_shape():
-    found = needs(memory_per_job_gb="auto", memory_keys=[])
-    found.learn({"a": 1}, 1.0)
-    assert found.of({"b": 2}, never).memory == 1_100_000_000
+def test_a_peak_that_leaves_no_room_for_its_margin_runs_alone():
+    found = needs(memory_per_job_gb="auto")
+    found.learn("a", 74.0)
+    assert found.of("a", never, lambda _: 80 * GB) == Need(1, None, alone=True)
+    assert found.of("a", never, lambda _: 0) == Need(1, 81_400_000_000)
 
 
 def test_auto_may_be_the_value_of_one_run():
     found = needs({"memory_per_job_gb": "${model.gb}"}, memory_per_job_gb=4)
     assert found.learns
     auto, fixed = config_of("${model.gb}", gb="auto"), config_of("${model.gb}", gb=2)
-    assert found.of({"model": "a"}, lambda: auto).alone
-    found.learn({"model": "a"}, 1.0)
-    assert found.of({"model": "a"}, lambda: auto).memory == 1_100_000_000
-    assert found.of({"model": "b"}, lambda: fixed) == Need(1, 2 * GB)
+    assert found.of("a", lambda: auto).alone
+    found.learn("a", 1.0)
+    assert found.of("a", lambda: auto).memory == 1_100_000_000
+    assert found.of("b", lambda: fixed) == Need(1, 2 * GB)
 
 
 @pytest.mark.parametrize("peak", [None, 0.0, -1.0, math.nan, math.inf])
 def test_a_peak_that_says_nothing_is_not_learned(peak):
     found = needs(memory_per_job_gb="auto")
-    found.learn({"a": 1}, peak)
-    assert found.of({"a": 1}, never).alone
+    assert not found.learn("a", peak)
+    assert found.of("a", never).alone
 
 
-def test_hyperparameters_from_a_record_are_those_of_the_command_line():
+def test_a_run_of_no_shape_teaches_nothing():
     found = needs(memory_per_job_gb="auto")
-    # As JSON gives them back: lists for tuples, words for numbers it has not.
-    found.learn({"b": [1, 2], "a": "NaN", "c": 1.0}, 1.0)
-    assert not found.of({"a": math.nan, "c": 1.0, "b": (1, 2)}, never).alone
-    assert found.of({"a": math.nan, "c": 1, "b": (1, 2)}, never).alone
+    assert not found.learn("", 1.0)
+    assert found.of("", never).alone
 
 
 peaks = st.floats(1e-6, 1e4)
@@ -183,13 +172,13 @@ peaks = st.floats(1e-6, 1e4)
 def test_the_need_holds_every_peak_with_its_margin_whatever_the_order(seen, margin, random):
     found = needs(memory_per_job_gb="auto", memory_margin=margin)
     other = needs(memory_per_job_gb="auto", memory_margin=margin)
-    for index, peak in enumerate(seen):
-        found.learn({"w": 1, "seed": index}, peak)
+    for peak in seen:
+        found.learn("a", peak)
     random.shuffle(seen)
     for peak in seen:
-        other.learn({"w": 1, "seed": 0}, peak)
-    need = found.of({"w": 1}, never)
-    assert need == other.of({"w": 1}, never)
+        other.learn("a", peak)
+    need = found.of("a", never)
+    assert need == other.of("a", never)
     assert need.memory is not None
     assert need.memory % 10**6 == 0
     exact = max(seen) * GB * (1 + margin)
