@@ -12,7 +12,7 @@ help:
 	@echo "make test-slurm the tests on a real Slurm, installed if missing (root, Debian/Ubuntu)"
 	@echo "make lint       ruff, mypy and the import contract"
 	@echo "make wheel      build the wheel and try it outside the checkout"
-	@echo "make bench      the launcher beside its peers (minutes)"
+	@echo "make bench      the launcher beside its peers, and how busy GPUs are kept (minutes)"
 	@echo "make clean      remove .venv and build leftovers; outputs stay"
 
 run: $(VENV)/.installed
@@ -40,6 +40,7 @@ wheel: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/gpus.py --real
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/.peers

@@ -158,7 +158,7 @@ class Launcher:
         while True:
             while self.todo and len(self.waiting) < self._lookahead:
                 job = self.todo.pop()
-                self.waiting.append(Want(job.need, self.machine.now, job))
+                self.waiting.append(Want(job.need, job))
             if not self.waiting:
                 break
             if self.waiting[0] is not self._first[0]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.output import printable, reported_errors
-from orchestrator.control import choose_gpus, choose_sweep
 from orchestrator.errors import OrchestratorError
+from orchestrator.live_sweeps import choose_gpus, choose_sweep
 from orchestrator.queue.control import CONTROL_NAME, Orders, change_orders
 
 if TYPE_CHECKING:

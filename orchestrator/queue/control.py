@@ -27,6 +27,14 @@ Order = Literal["pause", "drain"]
 QueueOrder = Literal["run", "pause", "drain"]
 
 
+# What the user hears when the queue is told something.
+SENTENCES = {
+    "run": "The queue goes on.",
+    "pause": "The queue is paused: what runs goes on, nothing is started until it is resumed.",
+    "drain": "The queue is being drained: the sweep ends when what runs has ended.",
+}
+
+
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """What the user wants of a sweep; GPUs (or MIG instances) by UUID."""
 

@@ -151,11 +151,8 @@ class GpuPlaces(Places):
         elif now - self._lock_asked > _LOCK_COMPLAINT_S:
             self._lock_asked = now
             hint = "" if self._tables is None else self._tables.holder_hint()
-            self.say(
-                f"The lease tables have been locked for {_LOCK_COMPLAINT_S:.0f} s "
-                f"({hint}); waiting. hydra.launcher.leases=false does not "
-                "share GPUs with other sweeps."
-            )
+            said = f"The lease tables have been locked for {_LOCK_COMPLAINT_S:.0f} s ({hint})"
+            self.say(f"{said}; waiting. hydra.launcher.leases=false does without them.")
         return False
 
     def _decide(self, waiting: list[Want], seats: float) -> list[tuple[Want, Place]]:
@@ -193,7 +190,7 @@ class GpuPlaces(Places):
                         since=now,
                     )
         except LeaseError as error:
-            _give_up_leases(place)
+            place.give_up_leases()
             self._wait_for_tables(error)
             return None
         for gpu in gpus:
@@ -286,7 +283,7 @@ class GpuPlaces(Places):
         self._in_vain = ()
         self._places.remove(place)
         self._view.changed.pop(place, None)
-        _give_up_leases(place)
+        place.give_up_leases()
         self._tell_of_drained()
 
     # --- watching ---
@@ -385,7 +382,6 @@ class GpuPlaces(Places):
                 state.closed, state.told_drained = word, False
                 text = {"": "takes jobs again", "pause": "is paused", "drain": "is being drained"}
                 self.say(f"GPU {gpu.label} {text.get(word, word)}.")
-
         self._tell_of_drained()
 
     def _tell_of_drained(self) -> None:
@@ -400,9 +396,3 @@ class GpuPlaces(Places):
         self._nobody_waits()
         if self._tables is not None:  # a lease then lasts until its job's keeper has ended
             self._tables.close()
-
-
-def _give_up_leases(place: Place) -> None:
-    for use in place.uses.values():
-        if use.lease is not None:
-            use.lease.release()

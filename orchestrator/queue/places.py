@@ -20,8 +20,6 @@ class Want:
     """A job that waits for a place; ``key`` is the caller's own."""
 
     need: Need
-    # Since when it waits, in seconds of the monotonic clock.
-    since: float
     key: Any = None
 
 
@@ -70,6 +68,11 @@ class Place:
     def utilization(self) -> float | None:
         """Mean utilisation of its GPUs in percent, whoever else computed there."""
         return self.busy / self.looks if self.looks else None
+
+    def give_up_leases(self) -> None:
+        for use in self.uses.values():
+            if use.lease is not None:
+                use.lease.release()
 
     def __str__(self) -> str:
         return f"gpu {','.join(gpu.label for gpu in self.gpus)}" if self.gpus else "cpu"

@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.queue.answers import Answers
+from orchestrator.queue.attempts import Job, Try, described, usage_of
 from orchestrator.queue.burial import bury
-from orchestrator.queue.jobs import Job, Try, described, usage_of
+from orchestrator.queue.control import SENTENCES
 from orchestrator.queue.needs import after_oom
 from orchestrator.queue.places import Place, Want
 from orchestrator.queue.retry import Cause, cause_of
@@ -136,7 +137,7 @@ class Scheduler:
                 self.answers.cannot_start(plan.index, plan.num, plan.overrides, error)
                 self._count_failure()
                 continue
-            self._waiting.append(Want(need, self._context.clock(), Try(plan)))
+            self._waiting.append(Want(need, Try(plan)))
 
     def _need(self, plan: Plan) -> Need:
         context = self._context
@@ -280,7 +281,7 @@ class Scheduler:
         if control.queue == before:
             return
         self._drained = control.queue == "drain"
-        progress.say(_ORDERS[control.queue])
+        progress.say(SENTENCES[control.queue])
 
     def _patience(self) -> float | None:
         if not self._exhausted and not self._waiting and not self._is_closed():
@@ -381,7 +382,7 @@ class Scheduler:
         if cause is Cause.OOM and job.place.gpus:
             need = after_oom(need, context.places.room(need.gpus))
         # It has had its turn before: it goes first.
-        self._waiting.insert(0, Want(need, context.clock(), Try(job.plan, number + 1)))
+        self._waiting.insert(0, Want(need, Try(job.plan, number + 1)))
         directory = str(job.plan.directory)
         how = f"trying again ({cause.value}; {number} of {context.retry.retries}{described(need)})"
         context.progress.retry(job.plan.index, record, directory, how)
@@ -394,10 +395,3 @@ class Scheduler:
             self._later.append((self._context.clock() + _BUSY_INTERVAL_S, job.plan))
         else:
             self._end(job, ended)
-
-
-_ORDERS = {
-    "run": "The queue goes on.",
-    "pause": "The queue is paused: what runs goes on, nothing is started until it is resumed.",
-    "drain": "The queue is being drained: the sweep ends when what runs has ended.",
-}
