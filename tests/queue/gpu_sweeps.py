@@ -165,3 +165,7 @@ class GpuSweeps:
             return [entry for uuid in uuids for entry in tables.entries(uuid)]
         finally:
             tables.close()
+
+    def claimants(self):
+        """Launchers that wait for a GPU, and have said so."""
+        return {entry.launcher for entry in self.leases_held() if entry.kind.name == "WAIT"}

@@ -76,7 +76,7 @@ def test_a_pause_while_others_have_the_memory(gpus):
     gpus.nvml.gpus([A])
     gpus.nvml.use("other", A, 0, 60 * GB)
     words = ("x=1,2", "hydra.launcher.memory_per_job_gb=30")
-    sweep = gpus.start(*words, constants={"gpu_places._EXPLAIN_S": 0.5})
+    sweep = gpus.start(*words, constants={"line._EXPLAIN_S": 0.5})
     gpus.until(lambda: "Waiting for" in sweep.text, lambda: sweep.text)
     gpus.order("pause")
     gpus.until(lambda: "The queue is paused" in sweep.text, lambda: sweep.text)

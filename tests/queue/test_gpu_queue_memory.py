@@ -58,7 +58,7 @@ def test_memory_of_others_is_waited_for_with_a_word(gpus):
     with somebody() as other:
         gpus.nvml.use("other", A, other.pid, 60 * GB)
         sweep = gpus.start(
-            "x=1,2", "gb=30", f"{MEMORY}=30", FOUR, constants={"gpu_places._EXPLAIN_S": 0.5}
+            "x=1,2", "gb=30", f"{MEMORY}=30", FOUR, constants={"line._EXPLAIN_S": 0.5}
         )
         gpus.until(lambda: "Waiting for" in sweep.text, lambda: sweep.text)
         assert "GPU 0: 20 GB are free, the job needs 30 GB" in sweep.text
