@@ -112,32 +112,34 @@ class Scheduler:
         if self._is_closed():
             self._context.places.fill(())  # nobody waits: other sweeps need not stand back
         while not self._is_closed():
-            self._line_up()
+            # One more at a time: the first job is not to wait for the plans of many.
+            longer = self._line_up()
             if not self._waiting:
                 return
             given = self._context.places.fill(self._waiting)
-            if not given:
-                self._give_up_if_hopeless()
-                return
             for want, place in given:
                 self._waiting.remove(want)
                 self._start(want.key, place)
+            if not (given or longer):
+                self._give_up_if_hopeless()
+                return
 
-    def _line_up(self) -> None:
-        """Have as many runs waiting as are looked at together."""
+    def _line_up(self) -> bool:
+        """Have one more run waiting; whether there is room for yet another."""
         # (A run that is tried again may need more than those behind it, which fill the gaps.)
         again = any(want.key.number > 1 for want in self._waiting)
-        while len(self._waiting) < (_LOOKAHEAD if again else self._lookahead):
-            plan = self._take_plan()
-            if plan is None:
-                return
+        most = _LOOKAHEAD if again else self._lookahead
+        if len(self._waiting) >= most:
+            return False
+        while not self._is_closed() and (plan := self._take_plan()) is not None:
             try:
-                need = self._need(plan)
+                self._waiting.append(Want(self._need(plan), Try(plan)))
             except Exception as error:  # noqa: BLE001 - the run's own failure; the others go on
                 self.answers.cannot_start(plan.index, plan.num, plan.overrides, error)
                 self._count_failure()
-                continue
-            self._waiting.append(Want(need, Try(plan)))
+            else:
+                return len(self._waiting) < most
+        return False
 
     def _need(self, plan: Plan) -> Need:
         context = self._context
