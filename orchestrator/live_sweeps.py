@@ -11,6 +11,7 @@ import msgspec
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.processes import boot_id, hostname, is_alive
+from orchestrator.queue.gpus import Gpu, is_index, meant_by
 from orchestrator.store import CLAIM, RECORD, SWEEPS, read_bytes
 
 if TYPE_CHECKING:
@@ -19,22 +20,6 @@ if TYPE_CHECKING:
 # The clock may have been set since a process started; a pid comes back much later.
 _CLOCK_SLACK_S = 60.0
 _NONE_HINT = "Name the outputs directory of one that does."
-
-
-class SweepGpu(msgspec.Struct, frozen=True):
-    """A GPU of a sweep, or a MIG instance of one."""
-
-    uuid: str
-    index: int
-    mig: int | None = None
-    name: str = ""
-
-    @property
-    def label(self) -> str:
-        return str(self.index) if self.mig is None else f"{self.index}:{self.mig}"
-
-    def __str__(self) -> str:
-        return f"{self.label} ({' '.join(filter(None, (self.name, self.uuid)))})"
 
 
 class SweepFile(msgspec.Struct, frozen=True):
@@ -47,7 +32,7 @@ class SweepFile(msgspec.Struct, frozen=True):
     boot_id: str
     ended_at: float | None = None
     # None: it does not say.
-    gpus: tuple[SweepGpu, ...] | None = None
+    gpus: tuple[Gpu, ...] | None = None
 
     @property
     def runs_here(self) -> bool:
@@ -118,7 +103,7 @@ def choose_sweep(directory: str, wanted: str | None) -> tuple[Path, SweepFile]:
     raise OrchestratorError(msg)
 
 
-def choose_gpus(words: Sequence[str], sweep: SweepFile) -> list[SweepGpu]:
+def choose_gpus(words: Sequence[str], sweep: SweepFile) -> list[Gpu]:
     """The GPUs of a sweep that are meant by numbers, ``0:1`` or beginnings of UUIDs.
 
     A number alone means all MIG instances of a GPU that is divided.
@@ -126,10 +111,10 @@ def choose_gpus(words: Sequence[str], sweep: SweepFile) -> list[SweepGpu]:
     Raises:
         OrchestratorError: the sweep has no such GPU; the text names those that it has.
     """
-    chosen: dict[str, SweepGpu] = {}
+    chosen: dict[str, Gpu] = {}
     for word in words:
-        matches = [gpu for gpu in sweep.gpus or () if _is_meant(gpu, word)]
-        if matches and (word.isdecimal() or len(matches) == 1):
+        matches = meant_by(word, sweep.gpus or ())
+        if matches and (is_index(word) or len(matches) == 1):
             chosen |= {gpu.uuid: gpu for gpu in matches}
             continue
         if not sweep.gpus:
@@ -141,9 +126,3 @@ def choose_gpus(words: Sequence[str], sweep: SweepFile) -> list[SweepGpu]:
             msg = f"GPU {word!r} {what} of the GPUs of sweep {sweep.sweep_id}: {known}. Name one."
         raise OrchestratorError(msg)
     return list(chosen.values())
-
-
-def _is_meant(gpu: SweepGpu, word: str) -> bool:
-    if word.isdecimal():
-        return gpu.index == int(word)
-    return gpu.label == word or (word != "" and gpu.uuid.startswith(word))

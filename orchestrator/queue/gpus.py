@@ -26,6 +26,9 @@ class Gpu:
         """What a person types and reads: ``0``, or ``0:1`` for an instance."""
         return str(self.index) if self.mig is None else f"{self.index}:{self.mig}"
 
+    def __str__(self) -> str:
+        return f"{self.label} ({' '.join(filter(None, (self.name, self.uuid)))})"
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -98,7 +101,7 @@ def mask_note(found: Sequence[Gpu], mask: str | None, order: str | None = None) 
     """
     models = {gpu.name.partition(" MIG ")[0] for gpu in found}
     words = [] if mask is None else [word.strip() for word in mask.split(",")]
-    if order == "PCI_BUS_ID" or len(models) <= 1 or not any(map(_is_index, words)):
+    if order == "PCI_BUS_ID" or len(models) <= 1 or not any(map(is_index, words)):
         return ""
     return (
         f"CUDA_VISIBLE_DEVICES={mask} was read in NVML's order, but CUDA may count GPUs of "
@@ -112,7 +115,7 @@ def _allowed(found: Sequence[Gpu], mask: str) -> list[Gpu]:
     # than one, ends the list.
     chosen: dict[Gpu, None] = {}
     for word in (part.strip() for part in mask.split(",")):
-        if _is_index(word):
+        if is_index(word):
             matches = [gpu for gpu in found if gpu.index == int(word)]
         else:
             matches = _by_uuid(word, found) if word.startswith(("GPU-", "MIG-")) else []
@@ -126,15 +129,23 @@ def _allowed(found: Sequence[Gpu], mask: str) -> list[Gpu]:
 def _wanted(item: str | int, found: Sequence[Gpu]) -> list[Gpu]:
     """What is meant: one device, or all instances of a divided GPU."""
     text = str(item).strip()
-    if _is_index(text):
-        matches = [gpu for gpu in found if gpu.index == int(text)]
-    else:
-        matches = [gpu for gpu in found if gpu.label == text] or _by_uuid(text, found)
-        if len(matches) > 1:
-            _refuse(f"GPU {item} is ambiguous.", found)
+    matches = meant_by(text, found)
+    if len(matches) > 1 and not is_index(text):
+        _refuse(f"GPU {item} is ambiguous.", found)
     if not matches:
         _refuse(f"GPU {item} is not on this machine.", found)
     return matches
+
+
+def meant_by(word: str, gpus: Sequence[Gpu]) -> list[Gpu]:
+    """The GPUs that a number, a label or the beginning of a UUID may mean.
+
+    A number means all instances of a GPU that is divided; of the others, more than one GPU is
+    an ambiguity.
+    """
+    if is_index(word):
+        return [gpu for gpu in gpus if gpu.index == int(word)]
+    return [gpu for gpu in gpus if gpu.label == word] or _by_uuid(word, gpus)
 
 
 def _by_uuid(text: str, gpus: Sequence[Gpu]) -> list[Gpu]:
@@ -142,7 +153,8 @@ def _by_uuid(text: str, gpus: Sequence[Gpu]) -> list[Gpu]:
     return whole or [gpu for gpu in gpus if text and gpu.uuid.startswith(text)]
 
 
-def _is_index(text: str) -> bool:
+def is_index(text: str) -> bool:
+    """Whether a word is NVML's number of a GPU."""
     return text.isascii() and text.isdecimal()
 
 

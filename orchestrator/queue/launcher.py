@@ -115,6 +115,8 @@ class GpuQueue:
         limit = FailureLimit(self._planner.results.on_failure)
         places = self._make_places(needs)
         sweep = self._extend_sweep(job_overrides)
+        if self._control is None:
+            self._control = Control(sweep.directory / CONTROL_NAME)
         progress = make_progress(
             len(job_overrides), SettingsCount(job_overrides, self._planner.results.seed_key)
         )
@@ -128,7 +130,7 @@ class GpuQueue:
             needs=needs,
             retry=retry,
             limit=limit,
-            control=self._control or Control(sweep.directory / CONTROL_NAME),
+            control=self._control,
             threads=settings.threads or _threads(_jobs_at_a_time(places, needs)),
             progress=progress,
             make_server=self._start_server,
@@ -184,7 +186,6 @@ class GpuQueue:
                 results_file=None if results_file is None else Path(results_file).absolute(),
                 gpus=self._places.gpus if self._places else (),
             )
-            self._control = Control(sweep.directory / CONTROL_NAME)
         else:
             sweep.reopen()
         if self._last_results is not None:  # this launch will see to it

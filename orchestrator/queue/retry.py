@@ -28,8 +28,6 @@ class Cause(str, enum.Enum):
     GPU_LOST = "gpu_lost"
 
 
-# A keeper's word for a run that it ended because its GPU was gone.
-GPU_LOST = "GPU_LOST"
 _BY_STATE = {RunState.TIMEOUT: Cause.TIMEOUT, RunState.LOST: Cause.CRASH}
 # A run that died, and one that was asked to end by somebody else: no task raised these.
 _CRASHES = ("ProcessDied", "EndedBySignal")
@@ -83,7 +81,8 @@ def cause_of(record: RunRecord, log_tail: bytes = b"", *, oom_killed: bool = Fal
             error says no more than that a process failed.
         oom_killed: what `OomKills.rose` says. It explains a SIGKILL, and nothing else.
     """
-    if record.error is not None and record.error.type == GPU_LOST:
+    # (The keeper's word for a run that it ended because its GPU was gone.)
+    if record.error is not None and record.error.type == Cause.GPU_LOST.name:
         return Cause.GPU_LOST
     if record.state is not RunState.FAILED:
         return _BY_STATE.get(record.state)
