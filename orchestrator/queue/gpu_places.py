@@ -236,8 +236,9 @@ class GpuPlaces(Places):
         return impossible([(gpu, self._view.states[gpu.uuid].capacity) for gpu in self.gpus], need)
 
     def room(self, gpus: int) -> int:
-        totals = sorted((state.total for state in self._view.states.values()), reverse=True)
-        return totals[gpus - 1] if 0 < gpus <= len(totals) else 0
+        # The same measure as in `impossible`: what is learned from it is never refused there.
+        rooms = sorted((state.capacity for state in self._view.states.values()), reverse=True)
+        return rooms[gpus - 1] if 0 < gpus <= len(rooms) else 0
 
     def totals(self, place: Place) -> list[int]:
         return [self._view.states[gpu.uuid].total for gpu in place.gpus]

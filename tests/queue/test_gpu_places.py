@@ -11,7 +11,7 @@ from orchestrator.queue.assign import Rules
 from orchestrator.queue.environment import job_environment
 from orchestrator.queue.gpu_places import GpuPlaces
 from orchestrator.queue.gpus import Gpu, GpuProcess, GpuSnapshot
-from orchestrator.queue.needs import Need
+from orchestrator.queue.needs import Need, Needs, after_oom
 from orchestrator.queue.places import Want
 from orchestrator.queue.settings import GpuQueueSettings
 from orchestrator.queue.watcher import Reading
@@ -113,6 +113,21 @@ def test_processes_that_were_there_before_hold_no_gpu_back(dead):
     bench.read((dead, 5 * G))
     assert not bench.places.releasing
     assert bench.fill(Need())
+
+
+def test_a_need_that_is_learned_or_raised_is_never_one_that_is_refused():
+    bench = Bench()
+    total, used = 16 * G, 1_400_000_000  # the driver's own, on a card that idles
+    snapshot = GpuSnapshot(GPU, bench.now, total, used, total - used, 0, ())
+    bench.places.take_in(Reading(bench.now, (GPU,), (snapshot,)))
+    needs = Needs(GpuQueueSettings(memory_per_job_gb="auto"), {})
+    needs.learn("a", 13.6)
+    learned = needs.of("a", dict, bench.places.room)
+    assert bench.places.impossible(learned) == ""
+    assert learned == Need(alone=True)
+    raised = after_oom(Need(memory=13 * G), bench.places.room(1))
+    assert bench.places.impossible(raised) == ""
+    assert raised.memory > 13 * G
 
 
 def test_what_lingers_of_a_keeper_s_old_job_is_not_its_next_one_s():
