@@ -6,12 +6,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.run import log_metrics, run_dir, run_in, save_arrays
+    from orchestrator.run import (
+        Preempted,
+        attempt,
+        is_preempted,
+        log_metrics,
+        run_dir,
+        run_in,
+        save_arrays,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "log_metrics", "run_dir", "run_in", "save_arrays"]
+__all__ = [
+    "Preempted",
+    "__version__",
+    "attempt",
+    "is_preempted",
+    "log_metrics",
+    "run_dir",
+    "run_in",
+    "save_arrays",
+]
 
-_HOME = dict.fromkeys(("log_metrics", "run_dir", "run_in", "save_arrays"), "orchestrator.run")
+_HOME = {name: "orchestrator.run" for name in __all__ if name != "__version__"}
 
 
 def __getattr__(name: str) -> Any:

@@ -89,9 +89,24 @@ def _main() -> None:
     # As `python -m` does: a task in the current directory can be named.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    _take_the_name_of_slurm()
     report = utils.run_and_report
     utils.run_and_report = lambda func: report(partial(_in_sentences, func))
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_task)()
+
+
+def _take_the_name_of_slurm() -> None:
+    """In this app ``hydra/launcher=submitit_slurm`` is ours, which has all of its keys.
+
+    After the scan of all plugins, which Hydra would do next and does once: the last one to store
+    a name has it.
+    """
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()
+    launchers = ConfigStore.instance().repo["hydra"]["launcher"]
+    launchers["submitit_slurm.yaml"] = launchers["slurm.yaml"]
 
 
 def _in_sentences(function: Callable[[], Any]) -> Any:

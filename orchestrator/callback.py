@@ -113,7 +113,7 @@ class ResultsCallback(Callback):
             versions = code_versions(code_directory(task_function))
             self._record = msgspec.structs.replace(self._record, versions=versions)
         run.write(self._record)
-        current_run.activate(ActiveRun(run))
+        current_run.activate(ActiveRun(run, attempt=len(attempts) + 1))
         atexit.register(self._on_exit, os.getpid())
 
     def _stay_out_of(self, run: RunDir) -> None:

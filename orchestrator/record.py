@@ -146,6 +146,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
     gpu_id: int | None = None
     gpu_uuids: tuple[str, ...] = ()
+    # As squeue names it (``123`` or ``123_4``); empty where Slurm has no part in the run.
+    slurm_job_id: str = ""
     host: str = ""
     boot_id: str = ""
     pid: int | None = None
@@ -178,11 +180,19 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
             self, state=state, success=state is RunState.COMPLETED, **changes
         )
 
+    @property
+    def never_began(self) -> bool:
+        """Whether the run has been waiting for its start, and for nothing else, until now."""
+        return self.state is RunState.PENDING and self.started_at is None
+
     def with_last_attempt(self) -> tuple[Attempt, ...]:
         """All attempts so far, this one included, for a run that is about to be done again.
 
-        Nobody works on it any more, so one that never said how it ended is LOST.
+        Nobody works on it any more, so one that never said how it ended is LOST; one that has
+        only been waiting was none.
         """
+        if self.never_began:
+            return self.attempts
         last = Attempt(
             started_at=self.started_at,
             ended_at=self.ended_at,

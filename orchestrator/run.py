@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# Which try of its run a job is; for scripts that it starts, too.
+ATTEMPT_VARIABLE = "ORCHESTRATOR_ATTEMPT"
+
+
 @dataclass
 class ActiveRun:
     """The run that this process is working on."""
@@ -28,6 +32,9 @@ class ActiveRun:
     metrics: dict[str, float] = field(default_factory=dict)
     # Whether a launcher of ours writes the record, so that the callback need not.
     managed: bool = False
+    # Where `run_dir` says the run is, if not where its curves go.
+    home: RunDir | None = None
+    attempt: int = field(default_factory=lambda: int(os.environ.get(ATTEMPT_VARIABLE, "1")))
     _curve: int | None = None
 
     def append(self, line: bytes) -> None:
@@ -81,7 +88,50 @@ def run_dir() -> Path:
     Raises:
         OrchestratorError: no run is going on in this process.
     """
-    return _current("run_dir").directory.path.absolute()
+    run = _current("run_dir")
+    return (run.home or run.directory).path.absolute()
+
+
+def attempt() -> int:
+    """Which try of its run this is: 1 the first time, then 2, 3 and so on.
+
+    Raises:
+        OrchestratorError: no run is going on in this process.
+    """
+    return _current("attempt").attempt
+
+
+class Preempted(SystemExit):
+    """Raise it when the state is saved, after `is_preempted` said so: the run is not done.
+
+    Slurm puts the job back into its queue (as often as ``max_num_timeout`` allows where its time
+    was up), and the task is called again in the same directory.
+    """
+
+    def __init__(self, message: str = "the run has saved its state; its time was up") -> None:
+        super().__init__(75)  # EX_TEMPFAIL
+        self._message = message
+
+    def __str__(self) -> str:
+        return self._message
+
+
+_warned = False
+
+
+def is_preempted() -> bool:
+    """Whether this job's time is nearly up: save what is needed to go on, and raise `Preempted`.
+
+    It becomes true ``hydra.launcher.signal_delay_s`` before Slurm's time limit, or when Slurm
+    takes the node back; a task that asks after each epoch or so can save in time.
+    """
+    return _warned
+
+
+def note_warning(*_: object) -> None:
+    """The handler of the signal that tells it."""
+    global _warned  # noqa: PLW0603 - a process works on one run at a time
+    _warned = True
 
 
 def log_metrics(step: int, **values: Any) -> None:

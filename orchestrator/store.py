@@ -107,6 +107,8 @@ class RunDir:
             All attempts so far, for the new record.
         """
         earlier = self.try_read()
+        if earlier is not None and earlier.never_began:
+            return earlier.attempts
         self.set_aside(whole=earlier is not None and earlier.state is RunState.COMPLETED)
         return () if earlier is None else earlier.with_last_attempt()
 

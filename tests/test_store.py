@@ -352,7 +352,7 @@ def test_what_interrupts_setting_aside_leaves_the_record_where_it_was(tmp_path, 
     assert _names(run.path) == [".claim", "attempts"]
 
 
-@pytest.mark.parametrize("state", RunState)
+@pytest.mark.parametrize("state", [state for state in RunState if state is not RunState.PENDING])
 def test_another_attempt_begins_and_the_last_one_is_told(tmp_path, state):
     run = RunDir(own_directory(tmp_path / "name", A))
     assert run.begin_attempt() == ()
@@ -368,6 +368,16 @@ def test_another_attempt_begins_and_the_last_one_is_told(tmp_path, state):
     # A finished run that is done again begins with nothing; one that failed may go on.
     assert (run.path / "checkpoint").exists() == (state is not RunState.COMPLETED)
     assert _names(run.attempts) == ["1", "2"]
+
+
+def test_a_run_that_has_only_waited_made_no_attempt(tmp_path):
+    run = RunDir(own_directory(tmp_path / "name", A))
+    run.write(_record(state=RunState.FAILED))
+    run.write(_record(state=RunState.PENDING, attempts=run.begin_attempt()))
+    attempts = run.begin_attempt()
+    assert [attempt.state for attempt in attempts] == [RunState.FAILED]
+    assert run.record.exists()
+    assert _names(run.attempts) == ["1"]
 
 
 def test_an_empty_claim_is_nobodys(tmp_path):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from orchestrator.queue.returns import QueueJobReturn
+from orchestrator.queue.wire import Ended
 from orchestrator.record import ErrorInfo, RunRecord, RunState, Versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from orchestrator.queue.context import Context
+    from orchestrator.queue.context import Launch
     from orchestrator.queue.plan import Plan
-    from orchestrator.queue.wire import Ended
 
 
 class Answers:
@@ -24,7 +24,7 @@ class Answers:
         first_num: Hydra's number of the first.
     """
 
-    def __init__(self, context: Context, total: int, first_num: int) -> None:
+    def __init__(self, context: Launch, total: int, first_num: int) -> None:
         self._context = context
         self._first_num = first_num
         self.returns: list[QueueJobReturn | None] = [None] * total
@@ -76,7 +76,17 @@ class Answers:
         self._context.sweep.add_run(plan.num, plan.directory, plan.who.hyperparams)
         self._result(plan).take(record, None)
         self.answered_by.add(record.versions)
+        self._context.ended(plan, Ended(record, skipped=True))
         self._context.progress.skip(plan.overrides)
+
+    def refuse(self, plan: Plan, record: RunRecord) -> None:
+        """A run could not be handed on."""
+        self._result(plan).take(record, None)
+        self._context.progress.end(plan.index, plan.overrides, record, "")
+
+    def leave(self, plan: Plan) -> None:
+        """A run waits, or runs, on a cluster; nobody waits for it here."""
+        self._result(plan).submitted = True
 
     def take(self, plan: Plan, message: Ended) -> None:
         """A run has ended for good."""
@@ -87,6 +97,7 @@ class Answers:
         if message.warning:
             context.progress.say(f"{record.model_name}: {message.warning}")
         context.progress.end(plan.index, plan.overrides, record, str(plan.directory))
+        context.ended(plan, message)
         context.sweep.write_partial_now_and_then()
 
     def _result(self, plan: Plan) -> QueueJobReturn:

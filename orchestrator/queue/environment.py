@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from orchestrator.queue.gpus import Gpu
     from orchestrator.queue.needs import Need
-    from orchestrator.queue.settings import GpuQueueSettings
+    from orchestrator.queue.settings import QueueSettings
 
 _PLACEHOLDERS = ("gpu", "uuid", "num", "name", "dir", "attempt")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -27,7 +27,7 @@ _TO_SHARE_OUT = 0.9
 
 
 def job_environment(
-    settings: GpuQueueSettings,
+    settings: QueueSettings,
     gpus: Sequence[Gpu],
     need: Need,
     totals: Sequence[int],
@@ -84,7 +84,7 @@ def job_environment(
     return {**variables, **own}
 
 
-def check_environment(settings: GpuQueueSettings) -> None:
+def check_environment(settings: QueueSettings) -> None:
     """Try ``hydra.launcher.env`` before anything runs.
 
     Raises:
@@ -94,7 +94,7 @@ def check_environment(settings: GpuQueueSettings) -> None:
 
 
 def _share(
-    settings: GpuQueueSettings, need: Need, totals: Sequence[int], environ: Mapping[str, str]
+    settings: QueueSettings, need: Need, totals: Sequence[int], environ: Mapping[str, str]
 ) -> dict[str, str]:
     """What keeps JAX and TensorFlow from taking a whole GPU that is shared."""
     total = min(totals, default=0)
@@ -108,7 +108,7 @@ def _share(
     return {name: value for name, value in share.items() if name not in said}
 
 
-def _filled_in(settings: GpuQueueSettings, facts: Mapping[str, str]) -> dict[str, str | None]:
+def _filled_in(settings: QueueSettings, facts: Mapping[str, str]) -> dict[str, str | None]:
     return {
         _checked_name(name): None if value is None else _text(name, value, facts)
         for name, value in (settings.env or {}).items()

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from orchestrator.sweep.compose import Composer
 
 
+def forked_jobs(task: Task, composer: Composer) -> tuple[JobBody, Preparation]:
+    """What a job server needs to know of jobs that are forked."""
+    return forked_body(task, composer), preparation(composer)
+
+
 def preparation(composer: Composer) -> Preparation:
     """What a keeper does before it forks a job: compose what the job starts from, set threads."""
 

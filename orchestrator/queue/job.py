@@ -49,8 +49,10 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     install_sigterm_handler()
+    if request.in_allocation:
+        install_warning_handler()
     run = RunDir(Path(request.directory))
-    _redirect(run)
+    redirect(run)
     for name, value in request.env.items():
         if value is None:
             os.environ.pop(name, None)
@@ -59,6 +61,7 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
     for name in THREAD_VARIABLES:
         os.environ.setdefault(name, str(request.threads))
     pid = os.getpid()
+    os.environ[current_run.ATTEMPT_VARIABLE] = str(len(record.attempts) + 1)
     run.write(msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid)))
 
 
@@ -93,7 +96,12 @@ def install_sigterm_handler() -> None:
     )
 
 
-def _redirect(run: RunDir) -> None:
+def install_warning_handler() -> None:
+    """Have SIGUSR2, which would end the process, remembered for `orchestrator.is_preempted`."""
+    signal.signal(signal.SIGUSR2, current_run.note_warning)
+
+
+def redirect(run: RunDir) -> None:
     """Send everything that is printed, by C code and child processes too, to the run's logs."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for target, path in ((1, run.stdout), (2, run.stderr)):

@@ -32,6 +32,7 @@ from orchestrator.queue.wire import (
     Started,
     Stop,
     Usage,
+    Warn,
     final_state,
     pack,
     receive_with_fds,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     Preparation = Callable[[JobRequest], None]
 
 _WRITE_RETRIES_S = (0.1, 0.5, 1.0)
+_LAST_WORD_S = 1.0
 
 
 class Reason(enum.Enum):
@@ -60,6 +62,8 @@ class Reason(enum.Enum):
     SERVER_DIED = "the job server died"
     TIMEOUT = "it reached its time limit"
     GPU_LOST = "its GPU was lost"
+    SLURM_ENDED = "Slurm asked its job to end (scancel, or preemption)"
+    SLURM_TIMEOUT = "its Slurm job reached its time limit"
 
     @property
     def state(self) -> RunState:
@@ -68,6 +72,7 @@ class Reason(enum.Enum):
 
 _STATES = {
     Reason.TIMEOUT: RunState.TIMEOUT,
+    Reason.SLURM_TIMEOUT: RunState.TIMEOUT,
     Reason.SERVER_DIED: RunState.LOST,
     Reason.GPU_LOST: RunState.FAILED,
 }
@@ -192,7 +197,24 @@ class Keeper:
         self._send(Started(pid, record.pid_started, os.getpid()))
         self._watch(tree, outcome_fd)
         os.close(outcome_fd)
+        if self._request.in_allocation and self._reason is None and self._ended_by_sigterm(tree):
+            self._await_word()
         return record, tree
+
+    def _ended_by_sigterm(self, tree: JobTree) -> bool:
+        error = self._outcome.error if self._outcome else None
+        return tree.returncode == -signal.SIGTERM or (
+            error is not None and error.type == "EndedBySignal"
+        )
+
+    def _await_word(self) -> None:
+        """Slurm's signal may have reached the job before the launcher, which knows why."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._launcher, selectors.EVENT_READ)
+            if selector.select(_LAST_WORD_S):
+                for message in self._commands.receive():
+                    if isinstance(message, Stop):
+                        self._reason = Reason[message.reason]
 
     def _watch(self, tree: JobTree, outcome_fd: int) -> None:
         os.set_blocking(outcome_fd, False)
@@ -247,6 +269,8 @@ class Keeper:
                 self._told_to_stop = True
             elif isinstance(message, Usage):
                 self._usage = message
+            elif isinstance(message, Warn):
+                tree.warn()
         if self._commands.closed:
             self._end(tree, Reason.LAUNCHER_DIED)
 

@@ -7,13 +7,14 @@ import importlib
 import os
 import sys
 import weakref
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from orchestrator.overrides import as_typed, parse_override
 from orchestrator.processes import boot_id, hostname
+from orchestrator.queue.book import SweepBook, counts
 from orchestrator.queue.context import Context
 from orchestrator.queue.control import CONTROL_NAME, Control
 from orchestrator.queue.job import THREAD_VARIABLES
@@ -27,15 +28,14 @@ from orchestrator.queue.scheduler import Scheduler
 from orchestrator.queue.signals import StopSignals
 from orchestrator.queue.start_method import choose
 from orchestrator.queue.task import Task, number_job, rehearse
+from orchestrator.record import RunState
 from orchestrator.sweep.compose import Composer
-from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import SweepError
-from orchestrator.sweep.points import Points
-from orchestrator.sweeps import Sweep, code_change, code_directory, code_versions
 from orchestrator.wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from hydra.core.utils import JobReturn
     from hydra.types import HydraContext, TaskFunction
@@ -66,9 +66,7 @@ class GpuQueue:
             _import(name)
         _load_lazy_parts()
         self._planner = Planner(self.composer, config, settings)
-        self._sweep: Sweep | None = None
-        self._launches = 0
-        self._last_results: weakref.finalize[..., GpuQueue] | None = None
+        self._book = SweepBook(config, self._planner, task_function)
         # Before a sweeper computes, a thread starts or NVML is touched.
         self._server = self._start_server()
         self._watcher = start_watcher(settings, self._method)
@@ -92,8 +90,10 @@ class GpuQueue:
     def _start_server(self) -> ServerLink:
         self._method, self._method_reason = choose(self._settings.start_method)
         if self._method == "fork":
+            from orchestrator.queue.forked import forked_jobs
+
             self._planner.shipper = None
-            return forked_server(self._task, self.composer)
+            return forked_server(partial(forked_jobs, self._task, self.composer))
         from orchestrator.queue.spawn import Shipper
 
         self._planner.shipper = Shipper(self._task)
@@ -114,7 +114,7 @@ class GpuQueue:
         retry = RetryPolicy(settings.retries, settings.retry_on)
         limit = FailureLimit(self._planner.results.on_failure)
         places = self._make_places(needs)
-        sweep = self._extend_sweep(job_overrides)
+        sweep = self._book.extend(job_overrides, self._places.gpus if self._places else ())
         if self._control is None:
             self._control = Control(sweep.directory / CONTROL_NAME)
         progress = make_progress(
@@ -170,31 +170,6 @@ class GpuQueue:
             raise SweepError(f"No job of this sweep would ever find a place: {reason}.")
         return self._places
 
-    def _extend_sweep(self, points: Sequence[Sequence[str]]) -> Sweep:
-        """All launches of one launcher, as sweepers with batches make them, are one sweep."""
-        sweep = self._sweep
-        if sweep is None:
-            results_file = self._planner.results.results_file
-            make_writable(self._planner.sweep_dir)
-            if results_file is not None:
-                make_writable(Path(results_file).absolute().parent, "results_file=PATH")
-            sweep = self._sweep = Sweep(
-                self._planner.sweep_dir,
-                overrides=as_typed(self._config.hydra),
-                axes=_axes(points),
-                versions=code_versions(code_directory(self._task.function)),
-                results_file=None if results_file is None else Path(results_file).absolute(),
-                gpus=self._places.gpus if self._places else (),
-            )
-        else:
-            sweep.reopen()
-        if self._last_results is not None:  # this launch will see to it
-            self._last_results.detach()
-        self._launches += 1
-        sweep.total += len(points)
-        sweep.write()
-        return sweep
-
     def _tell(self, progress: Progress, sweep_dir: Path) -> None:
         if not self._told:
             progress.say(f"Jobs start by {self._method}: {self._method_reason}.")
@@ -203,55 +178,20 @@ class GpuQueue:
         self._told = True
 
     def _finish(self, scheduler: Scheduler, context: Context, signals: StopSignals) -> None:
-        progress, answers = context.progress, scheduler.answers
+        progress = context.progress
         stopped = bool(signals.received or scheduler.closed)
-        states = {state.value: count for state, count in progress.states.items()}
-        context.sweep.states.update(states)
-        if progress.skipped:
-            context.sweep.states["SKIPPED"] += progress.skipped
-        results, written = self._write_results(context.sweep, complete=not stopped)
-        if progress.skipped:
-            change = code_change(answers.answered_by, context.sweep.versions)
-            notes = "; ".join(filter(None, (change, f"run again with {self._no_resume()}")))
-            progress.say(f"{progress.skipped} of {progress.total} done already; {notes}")
+        results = self._book.close(progress, scheduler.answers, complete=not stopped)
         if not stopped:
-            counts = ", ".join(f"{n} {state.lower()}" for state, n in sorted(states.items()))
-            progress.say(f"All runs ended ({counts or 'nothing was left to run'}). {results}")
-            if answers.unsaved or not written:
-                msg = (
-                    f"The records of {answers.unsaved} runs or the results file are not on the "
-                    "disk (see above). Make room, then run the same command again."
-                )
-                raise SweepError(msg)
+            progress.say(f"All runs ended ({counts(progress)}). {results}")
             return
         left = progress.total - progress.ended
         if signals.received:
-            ended = plural(states.get("CANCELLED", 0), "running job")
+            ended = plural(progress.states[RunState.CANCELLED], "running job")
             why = f"{ended} ended, {left} not started."
         else:
             why = f"{scheduler.closed} {plural(left, 'run')} not started."
         progress.say(f"Stopped: {why} {results} The same command again runs what is missing.")
         raise SystemExit(128 + signals.received[0] if signals.received else 1)
-
-    def _write_results(self, sweep: Sweep, *, complete: bool) -> tuple[str, bool]:
-        if complete and self._launches > 1 and not sweep.is_cheap_to_write():
-            # Sweepers that launch a few runs at a time would write all of them each time.
-            self._last_results = weakref.finalize(self, sweep.end, complete=True)
-            return "", True
-        try:
-            path = sweep.end(complete=complete)
-        except OSError as error:
-            text = (
-                f"The sweep's results file could not be written ({error}); every run's own "
-                "record has its part, and orchestrator-aggregate merges them."
-            )
-            return text, False
-        return f"Results: {path}" if complete else f"Results so far: {path}.", True
-
-    def _no_resume(self) -> str:
-        # Our own app has a short name for it.
-        short = "resume" in self._config and "resume" in self._planner.results.ignore
-        return "resume=false" if short else " ".join(self._planner.no_resume)
 
 
 def _first_point(arguments: Sequence[str]) -> list[str]:
@@ -269,12 +209,6 @@ def _first_point(arguments: Sequence[str]) -> list[str]:
         else:
             point.append(f"{override.get_key_element()}={override.get_value_element_as_str()}")
     return point
-
-
-def _axes(points: Sequence[Sequence[str]]) -> dict[str, Any]:
-    if not isinstance(points, Points):
-        return {}
-    return {key: [text.split("=", 1)[-1] for text in values] for key, values in points.axes}
 
 
 def _to_preload(preload: Any, config: DictConfig) -> list[str]:

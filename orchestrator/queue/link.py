@@ -12,13 +12,12 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING
 
-from orchestrator.queue.wire import Inbox, JobRequest, Stop, Usage, pack, send_with_fds
+from orchestrator.queue.wire import Inbox, JobRequest, Stop, Usage, Warn, pack, send_with_fds
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from orchestrator.queue.task import Task
-    from orchestrator.sweep.compose import Composer
+    from orchestrator.queue.keeper import JobBody, Preparation
 
 # A later server must not hold an earlier one's connections: their ends would never be seen.
 _open_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -41,10 +40,14 @@ class JobLink:
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_WR)
 
+    def warn(self) -> None:
+        """Have the job told that its time is nearly up."""
+        self._tell(Warn())
+
     def tell_usage(self, usage: Usage) -> None:
         self._tell(usage)
 
-    def _tell(self, message: Stop | Usage) -> bool:
+    def _tell(self, message: Stop | Usage | Warn) -> bool:
         """Whether there was room for a message; the launcher never waits for a keeper."""
         data = pack(message)
         with contextlib.suppress(OSError):
@@ -108,8 +111,13 @@ def close_inherited(keep: socket.socket) -> None:
             other.close()
 
 
-def forked_server(task: Task, composer: Composer) -> ServerLink:
-    """Fork the job server off this process."""
+def forked_server(
+    make: Callable[[], tuple[JobBody, Preparation]],
+) -> ServerLink:
+    """Fork the job server off this process.
+
+    ``make`` is called in the server: what becomes a job, and what a keeper does before that.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or every child would print it again
     ours, theirs = socket_pair()
@@ -118,22 +126,23 @@ def forked_server(task: Task, composer: Composer) -> ServerLink:
         warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
-        _become_server(theirs, task, composer)
+        _become_server(theirs, make)
     theirs.close()
     return ServerLink(ours, pid)
 
 
-def _become_server(launcher: socket.socket, task: Task, composer: Composer) -> None:
+def _become_server(
+    launcher: socket.socket, make: Callable[[], tuple[JobBody, Preparation]]
+) -> None:
     try:
         close_inherited(launcher)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for target in (0, 1):
             os.dup2(null, target)
-        from orchestrator.queue.forked import forked_body, preparation
         from orchestrator.queue.server import serve
 
-        serve(launcher, forked_body(task, composer), preparation(composer))
+        serve(launcher, *make())
     finally:
         os._exit(0)
 

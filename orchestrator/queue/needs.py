@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from orchestrator.queue.settings import GpuQueueSettings
+    from orchestrator.queue.settings import QueueSettings
 
 GB = 10**9
 _MB = 10**6
@@ -61,12 +61,19 @@ class Needs:
         settings: the queue's own.
         raw_launcher: ``OmegaConf.to_container(config.hydra.launcher, resolve=False)``; it shows
             which keys are interpolations, to be looked up in each run's own config.
+        node: where in that the settings are.
 
     Raises:
         SweepError: a value that holds for all runs is none that can be used.
     """
 
-    def __init__(self, settings: GpuQueueSettings, raw_launcher: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: QueueSettings,
+        raw_launcher: Mapping[str, Any],
+        node: str = "hydra.launcher",
+    ) -> None:
+        self._node = node
         self._values = {_GPUS: settings.gpus_per_job, _MEMORY: settings.memory_per_job_gb}
         self._per_run = {key for key in self._values if _is_interpolation(raw_launcher.get(key))}
         self._margin = _checked_margin(settings.memory_margin)
@@ -137,7 +144,7 @@ class Needs:
     def _value(self, key: str, composed: DictConfig | None) -> Any:
         if composed is None or key not in self._per_run:
             return self._values[key]
-        return OmegaConf.select(composed, f"hydra.launcher.{key}", throw_on_missing=True)
+        return OmegaConf.select(composed, f"{self._node}.{key}", throw_on_missing=True)
 
 
 def _is_interpolation(raw: Any) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from omegaconf import DictConfig, OmegaConf
 
 from orchestrator.identity import Identity, identify, memory_shape, results_settings
@@ -18,14 +19,14 @@ from orchestrator.queue.task import number_job, output_dir
 from orchestrator.queue.wire import JobRequest
 from orchestrator.record import RunRecord, RunState
 from orchestrator.resolvers import RUN_NAME_RESOLVER
-from orchestrator.store import RunDir, completed_runs, own_directory
+from orchestrator.store import RunDir, completed_runs, own_directory, planned_directory
 from orchestrator.sweeps import rerun_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from orchestrator.queue.places import Place
-    from orchestrator.queue.settings import GpuQueueSettings
+    from orchestrator.queue.settings import QueueSettings
     from orchestrator.queue.spawn import Shipper
     from orchestrator.sweep.compose import Composer
     from orchestrator.sweeps import Sweep
@@ -51,6 +52,57 @@ class Plan:
     shape: str = ""
 
 
+@dataclass(frozen=True)
+class Seat:
+    """What one try of a run is given.
+
+    Args:
+        place: where it goes.
+        totals: the memory of each GPU there, in bytes; 0 where it is not known.
+        threads: how many it may use.
+        attempt: 1 for its first try in this launch.
+        cpu_only: the launch gives out no GPUs.
+    """
+
+    place: Place
+    totals: Sequence[int]
+    threads: int
+    attempt: int
+    cpu_only: bool
+
+    def request(self, settings: QueueSettings, record: RunRecord, directory: Path) -> JobRequest:
+        """The job for a run whose record is still PENDING."""
+        gpus = self.place.gpus
+        record = msgspec.structs.replace(
+            record,
+            gpu_id=gpus[0].index if gpus else None,
+            gpu_uuids=tuple(gpu.uuid for gpu in gpus),
+        )
+        num = record.index or 0
+        return JobRequest(
+            num=num,
+            overrides=record.overrides,
+            directory=str(directory),
+            record=record,
+            resume=False,
+            env=job_environment(
+                settings,
+                gpus,
+                self.place.need,
+                self.totals,
+                os.environ,
+                num=num,
+                name=record.model_name,
+                directory=str(directory),
+                attempt=self.attempt,
+                cpu_only=self.cpu_only,
+            ),
+            threads=self.threads,
+            timeout_s=settings.timeout_s,
+            kill_grace_s=settings.kill_grace_s,
+        )
+
+
 class Planner:
     """Plans the points of one launch.
 
@@ -64,7 +116,7 @@ class Planner:
         self,
         composer: Composer,
         config: DictConfig,
-        launcher: GpuQueueSettings,
+        launcher: QueueSettings,
     ) -> None:
         self.results = results_settings(config.hydra)
         self._composer = composer
@@ -100,8 +152,14 @@ class Planner:
         """The records of all finished runs of this outputs directory."""
         return (record for _, record in completed_runs(self.sweep_dir))
 
-    def plan(self, index: int, num: int, overrides: Sequence[str]) -> Plan:
+    def plan(self, index: int, num: int, overrides: Sequence[str], *, dry: bool = False) -> Plan:
         """Identify a point and give it a directory, made and owned.
+
+        Args:
+            index: the point's place in this launch.
+            num: Hydra's number of it.
+            overrides: as typed.
+            dry: only say what the directory would be.
 
         Raises:
             Exception: Hydra's own, where the point cannot be composed.
@@ -113,7 +171,8 @@ class Planner:
         if done is not None:
             return Plan(index, num, tuple(overrides), who, done[0], done[1])
         wanted = self._wanted_directory(num, overrides, who)
-        directory = own_directory(wanted, who.fingerprint)
+        choose = planned_directory if dry else own_directory
+        directory = choose(wanted, who.fingerprint)
         shape = ""
         if self.shapes:
             shape = memory_shape(config, self.results, self._app, self._launcher.memory_keys)
@@ -140,31 +199,10 @@ class Planner:
             return None
         return path, record
 
-    def request(
-        self,
-        plan: Plan,
-        place: Place,
-        totals: Sequence[int],
-        threads: int,
-        sweep: Sweep,
-        *,
-        attempt: int,
-        cpu_only: bool,
-    ) -> JobRequest:
-        """The job for a plan, at a place.
-
-        Args:
-            plan: the run.
-            place: where it goes.
-            totals: the memory of each GPU there, in bytes; 0 where it is not known.
-            threads: how many it may use.
-            sweep: whose run it is.
-            attempt: 1 for its first try in this launch.
-            cpu_only: the sweep gives out no GPUs.
-        """
-        name = plan.directory.name if self._named else plan.who.name
-        record = RunRecord(
-            model_name=name,
+    def record(self, plan: Plan, sweep: Sweep) -> RunRecord:
+        """The record of a run that waits for its start."""
+        return RunRecord(
+            model_name=plan.directory.name if self._named else plan.who.name,
             sweep_id=sweep.sweep_id,
             index=plan.num,
             overrides=plan.overrides,
@@ -172,34 +210,18 @@ class Planner:
             fingerprint=plan.who.fingerprint,
             seed=plan.who.seed,
             state=RunState.PENDING,
-            gpu_id=place.gpus[0].index if place.gpus else None,
-            gpu_uuids=tuple(gpu.uuid for gpu in place.gpus),
             command=self._command(plan.overrides),
             cwd=self._cwd,
             versions=sweep.versions,
             memory_shape=plan.shape,
         )
-        return JobRequest(
-            num=plan.num,
-            overrides=plan.overrides,
-            directory=str(plan.directory),
-            record=record,
+
+    def request(self, plan: Plan, seat: Seat, sweep: Sweep) -> JobRequest:
+        """The job for a plan, at a place."""
+        request = seat.request(self._launcher, self.record(plan, sweep), plan.directory)
+        return replace(
+            request,
             resume=self.resume,
-            env=job_environment(
-                self._launcher,
-                place.gpus,
-                place.need,
-                totals,
-                os.environ,
-                num=plan.num,
-                name=name,
-                directory=str(plan.directory),
-                attempt=attempt,
-                cpu_only=cpu_only,
-            ),
-            threads=threads,
-            timeout_s=self._launcher.timeout_s,
-            kill_grace_s=self._launcher.kill_grace_s,
             parsed=self._composer.known(plan.overrides),
             payload=self._payload(plan),
         )

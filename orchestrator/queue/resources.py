@@ -15,7 +15,7 @@ from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
     from orchestrator.queue.leases import LeaseTables
-    from orchestrator.queue.settings import GpuQueueSettings
+    from orchestrator.queue.settings import QueueSettings
     from orchestrator.queue.watcher import GpuWatcher, Reading
 
 _VISIBLE, _ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
@@ -26,14 +26,14 @@ _NVML = "libnvidia-ml.so.1"
 _FIRST_READING_S = 40.0
 
 
-def start_watcher(settings: GpuQueueSettings, method: str) -> GpuWatcher | None:
+def start_watcher(settings: QueueSettings, method: str) -> GpuWatcher | None:
     """Begin to watch the GPUs, where that is wanted and there is a driver.
 
     Args:
         settings: the queue's own.
         method: ``fork`` or ``spawn``.
     """
-    if not settings.monitor or _wants_none(settings.gpus) or not _has_driver():
+    if not settings.monitor or _wants_none(settings.gpus) or not has_driver():
         return None
     from orchestrator.queue.watcher import make_watcher
 
@@ -46,7 +46,8 @@ def _wants_none(gpus: Any) -> bool:
     return not isinstance(gpus, (str, int)) and not list(gpus or [])
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
+    """Whether NVML can be asked here."""
     import ctypes
 
     try:
@@ -56,7 +57,7 @@ def _has_driver() -> bool:
     return True
 
 
-def make_places(settings: GpuQueueSettings, watcher: GpuWatcher | None) -> tuple[Places, str]:
+def make_places(settings: QueueSettings, watcher: GpuWatcher | None) -> tuple[Places, str]:
     """The places that the settings and this machine give, and where they are, for the user.
 
     Raises:
@@ -89,7 +90,7 @@ def make_places(settings: GpuQueueSettings, watcher: GpuWatcher | None) -> tuple
     return places, _where(gpus, reading)
 
 
-def _find_gpus(settings: GpuQueueSettings, reading: Reading | None) -> tuple[list[Gpu], str]:
+def _find_gpus(settings: QueueSettings, reading: Reading | None) -> tuple[list[Gpu], str]:
     """The GPUs to use, or none and why."""
     mask, order = os.environ.get(_VISIBLE), os.environ.get(_ORDER)
     found: list[Gpu] = []
@@ -136,7 +137,7 @@ def _unwatched(wanted: Any, mask: str | None) -> tuple[list[Gpu], str]:
     return [Gpu(word, int(word) if word.isdecimal() else n) for n, word in enumerate(named)], ""
 
 
-def _rules(settings: GpuQueueSettings) -> Rules:
+def _rules(settings: QueueSettings) -> Rules:
     threshold = settings.memory_threshold_gb
     return Rules(
         settings.max_processes_per_gpu,
@@ -145,7 +146,7 @@ def _rules(settings: GpuQueueSettings) -> Rules:
     )
 
 
-def _tables(settings: GpuQueueSettings, gpus: list[Gpu]) -> LeaseTables | None:
+def _tables(settings: QueueSettings, gpus: list[Gpu]) -> LeaseTables | None:
     if not settings.leases or sys.platform != "linux":
         return None
     from pathlib import Path
@@ -173,7 +174,7 @@ _AT_LEAST_ONE = ("max_processes", "max_processes_per_gpu", "threads")
 _AT_LEAST_ZERO = ("kill_grace_s", "stagger_s", "release_timeout_s", "memory_threshold_gb")
 
 
-def check_settings(settings: GpuQueueSettings) -> None:
+def check_settings(settings: QueueSettings) -> None:
     """Refuse settings that no machine could meet.
 
     Raises:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from orchestrator.sweep.compose import Composer
+    from orchestrator.queue.context import Composes
 
 
 class RunFailed(OrchestratorError):  # noqa: N818 - reads as what happened
@@ -31,13 +31,15 @@ class QueueJobReturn(JobReturn):
     """
 
     def __init__(
-        self, composer: Composer, overrides: Sequence[str], num: int, directory: str
+        self, composer: Composes, overrides: Sequence[str], num: int, directory: str
     ) -> None:
         self._composer = composer
         self._num = num
         self._directory = directory
         self.overrides = list(overrides)
         self.status = JobStatus.UNKNOWN
+        # Whether it waits, or runs, on a cluster, and nobody waits for it here.
+        self.submitted = False
         self._return_value: Any = None
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ from orchestrator.queue.burial import bury
 from orchestrator.queue.control import SENTENCES
 from orchestrator.queue.needs import after_oom
 from orchestrator.queue.places import Place, Want
+from orchestrator.queue.plan import Seat
 from orchestrator.queue.retry import Cause, cause_of
 from orchestrator.queue.wire import Busy, Ended, Exited, Started
 from orchestrator.record import RunRecord, RunState
@@ -208,16 +209,14 @@ class Scheduler:
 
     def _request(self, run: Try, place: Place) -> JobRequest:
         context = self._context
-        totals = context.places.totals(place)
-        return context.planner.request(
-            run.plan,
+        seat = Seat(
             place,
-            totals,
+            context.places.totals(place),
             context.threads,
-            context.sweep,
             attempt=run.number,
             cpu_only=not context.places.gpus,
         )
+        return context.planner.request(run.plan, seat, context.sweep)
 
     def _restart_server(self) -> None:
         self._server_deaths += 1
@@ -234,8 +233,7 @@ class Scheduler:
         places = self._context.places
         for key, _ in self._selector.select(self._patience()):
             if key.fileobj is self._signals:
-                self._signals.drain()
-                self._stop_all()
+                self._heed()
             elif key.data is places:
                 places.receive()
             elif key.data in self._jobs:
@@ -245,9 +243,14 @@ class Scheduler:
         self._obey()
         self._context.progress.tick()
 
+    def _heed(self) -> None:
+        """A signal has come."""
+        self._signals.drain()
+        self._stop_all()
+
     def _stop_all(self) -> None:
         for job in self._jobs.values():
-            job.link.stop()
+            job.link.stop(self._signals.reason)
         self._context.progress.stopping(len(self._jobs))
 
     def _pass_on(self) -> None:

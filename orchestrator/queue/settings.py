@@ -6,10 +6,9 @@ from typing import Any, Dict, List, Optional  # noqa: UP035 - OmegaConf reads th
 
 
 @dataclass(repr=False, eq=False)
-class GpuQueueSettings:
-    """Runs jobs on this machine, as many at once as its GPUs (or cores) allow."""
+class QueueSettings:
+    """How jobs share the GPUs and cores of a machine, or of what Slurm gives of one."""
 
-    _target_: str = "hydra_plugins.hydra_orchestrator.gpu_queue_launcher.GpuQueueLauncher"
     # auto: all GPUs that NVML sees and CUDA_VISIBLE_DEVICES allows, or CPU slots where there
     # are none. A list of NVML indices or UUIDs: just these. []: CPU slots.
     gpus: Any = "auto"
@@ -63,3 +62,10 @@ class GpuQueueSettings:
     # Modules (or functions in them) to import once, before any job is forked. auto: the task
     # function that the config names in task._target_, if it names one. null: none.
     preload: Any = "auto"
+
+
+@dataclass(repr=False, eq=False)
+class GpuQueueSettings(QueueSettings):
+    """Runs jobs on this machine, as many at once as its GPUs (or cores) allow."""
+
+    _target_: str = "hydra_plugins.hydra_orchestrator.gpu_queue_launcher.GpuQueueLauncher"

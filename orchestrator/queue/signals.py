@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class StopSignals:
     """While it is entered, the stop signals are collected instead of acted on.
@@ -22,6 +20,10 @@ class StopSignals:
     Outside the main thread, where Python allows no handlers, it collects nothing. A signal
     that was being ignored (``nohup``) stays ignored.
     """
+
+    numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What keepers are told when one comes: the name of a `keeper.Reason`.
+    reason = "STOPPED"
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -40,7 +42,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in self.numbers:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
         return self
@@ -58,5 +60,8 @@ class StopSignals:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.received.append(number)
+        self.wake()
+
+    def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.write(self._writer, b"!")

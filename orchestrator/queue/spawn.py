@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.queue.job import (
     give_up,
     install_sigterm_handler,
+    install_warning_handler,
     open_streams,
     set_up_process,
     work,
@@ -87,13 +89,18 @@ class Shipper:
             "version_base": str(getbase()),
             "resolvers": _picklable_resolvers(),
         }
-        self._common = pickle.dumps(preparation) + _framed(cloudpickle.dumps(common))
+        # What `load_task` reads.
+        self.common = pickle.dumps(preparation) + _framed(cloudpickle.dumps(common))
 
     def pack(self, config: DictConfig) -> bytes:
         """The bytes for one job: the shared part, then its composed and numbered config."""
+        return self.common + self.pack_config(config)
+
+    def pack_config(self, config: DictConfig) -> bytes:
+        """What `load_config` reads."""
         import cloudpickle
 
-        return self._common + _framed(cloudpickle.dumps(config))
+        return _framed(cloudpickle.dumps(config))
 
 
 def _framed(data: bytes) -> bytes:
@@ -148,6 +155,8 @@ def spawned_body(request: JobRequest, record: RunRecord, outcome_fd: int) -> NoR
     """Replace the forked child of the keeper by a fresh interpreter that does the job."""
     try:
         set_up_process(request, record)
+        if request.in_allocation:  # until the interpreter has a handler of its own
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         slim = replace(request, payload=None)
         payload = anonymous_file(
             pickle.dumps(sys.path), pickle.dumps((slim, outcome_fd)), request.payload or b""
@@ -164,18 +173,21 @@ def job_main(stream: Any) -> None:
     request, outcome_fd = pickle.load(stream)  # noqa: S301 - from our own launcher
     os.set_inheritable(outcome_fd, False)
     install_sigterm_handler()
+    if request.in_allocation:
+        install_warning_handler()
     open_streams()
 
     def load() -> Callable[[], JobReturn]:
         from orchestrator.queue.task import call_task
 
-        task, config = _unpack(stream)
-        return partial(call_task, task, config, request.directory)
+        task = load_task(stream)
+        return partial(call_task, task, load_config(stream), request.directory)
 
     work(load, request, outcome_fd)
 
 
-def _unpack(stream: Any) -> tuple[Task, DictConfig]:
+def load_task(stream: Any) -> Task:
+    """The task and its callbacks: the app is imported, and Hydra set up as in the launcher."""
     from multiprocessing.spawn import prepare
 
     from hydra.core.utils import JobRuntime, setup_globals
@@ -193,8 +205,13 @@ def _unpack(stream: Any) -> tuple[Task, DictConfig]:
     function = common["function"]
     if isinstance(function, str):
         function = _find_in_main(function)
-    config = pickle.loads(pickle.load(stream))  # noqa: S301
-    return Task(function, common["callbacks"]), config
+    return Task(function, common["callbacks"])
+
+
+def load_config(stream: Any) -> DictConfig:
+    """A composed and numbered config, after `load_task`: its types may be the app's own."""
+    config: DictConfig = pickle.loads(pickle.load(stream))  # noqa: S301
+    return config
 
 
 @contextmanager

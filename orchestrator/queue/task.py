@@ -119,15 +119,20 @@ def task_copy(config: DictConfig) -> DictConfig:
         config.__dict__["_content"] = content
 
 
-def call_task(task: Task, config: DictConfig, directory: str) -> JobReturn:
+def call_task(task: Task, config: DictConfig, directory: str, logs: str | None = None) -> JobReturn:
     """Run the task in this process, which is its own.
 
     Args:
         task: what to call.
         config: composed and numbered; it is changed.
         directory: absolute; it exists.
+        logs: where Hydra's log goes, for a further rank of a run; only the first writes the
+            configs.
     """
     result = JobReturn()
+    if logs is not None:
+        place_job(config, logs)
+        configure_log(config.hydra.job_logging, config.hydra.verbose)
     hydra_cfg = place_job(config, directory)
     task_cfg = task_copy(config)
     result.cfg, result.hydra_cfg = task_cfg, hydra_cfg
@@ -135,8 +140,9 @@ def call_task(task: Task, config: DictConfig, directory: str) -> JobReturn:
     if works_in_output_dir(hydra_cfg):
         os.chdir(directory)
     result.working_dir = os.getcwd()  # noqa: PTH109
-    configure_log(config.hydra.job_logging, config.hydra.verbose)
-    if config.hydra.output_subdir is not None:
+    if logs is None:
+        configure_log(config.hydra.job_logging, config.hydra.verbose)
+    if logs is None and config.hydra.output_subdir is not None:
         save_configs(Path(directory, config.hydra.output_subdir), task_cfg, hydra_cfg)
     with env_override(hydra_cfg.hydra.job.env_set):
         task.callbacks.on_job_start(config=config, task_function=task.function)

@@ -57,6 +57,12 @@ class JobTree:
                 os.kill(self.pid, signal.SIGTERM)
         self._set_deadline()
 
+    def warn(self) -> None:
+        """Tell the job, by SIGUSR2, that its time is nearly up."""
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR2)
+
     def _set_deadline(self) -> None:
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self._grace_s

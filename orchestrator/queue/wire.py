@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _HEADER = struct.Struct("!Q")
+# The exception of a task that has saved its state because its time was nearly up.
+PREEMPTED = "Preempted"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class JobRequest:
     parsed: Any = None
     # For a fresh interpreter: what it needs to find and call the task.
     payload: bytes | None = None
+    # Whether Slurm ends it, by signals that reach the launcher and the job at the same time.
+    in_allocation: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class Stop:
 
     # The name of a `keeper.Reason`.
     reason: str = "STOPPED"
+
+
+@dataclass(frozen=True)
+class Warn:
+    """Launcher to keeper: the job's time is nearly up; tell it (SIGUSR2)."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,8 @@ class Outcome:
 
 def final_state(outcome: Outcome | None, returncode: int) -> RunState:
     """COMPLETED needs both: the task returned, and its process then ended cleanly."""
+    if outcome is not None and outcome.error is not None and outcome.error.type == PREEMPTED:
+        return RunState.TIMEOUT
     finished = outcome is not None and outcome.completed and returncode == 0
     return RunState.COMPLETED if finished else RunState.FAILED
 

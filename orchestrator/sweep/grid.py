@@ -244,7 +244,7 @@ class _Failures:
 
     def add(self, job: JobReturn, point: Sequence[str]) -> None:
         self.runs += 1
-        if job.status == JobStatus.COMPLETED:
+        if job.status == JobStatus.COMPLETED or getattr(job, "submitted", False):
             return
         self.failed += 1
         self.started += bool(getattr(job, "began", True))

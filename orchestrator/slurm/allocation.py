@@ -1,0 +1,62 @@
+"""What Slurm has given a job on this node, as settings of the local queue."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from orchestrator.queue.resources import cores, has_driver
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from orchestrator.queue.settings import QueueSettings
+    from orchestrator.slurm.pack import Pack
+
+_GIVEN = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
+# Of the time between SIGTERM and SIGKILL, what is left to write records in.
+_GRACE_SHARE = 0.6
+
+
+def job_id(environ: Mapping[str, str] = os.environ) -> str:
+    """The job as squeue names it: ``123`` or ``123_4``."""
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID", "")
+
+
+def allocated_cores(environ: Mapping[str, str] = os.environ) -> int:
+    """Cores of this task of the job; at most those that the process may use."""
+    per_task = environ.get("SLURM_CPUS_PER_TASK", "")
+    on_node = environ.get("SLURM_CPUS_ON_NODE", "")
+    tasks = environ.get("SLURM_NTASKS_PER_NODE") or environ.get("SLURM_STEP_TASKS_PER_NODE") or "1"
+    found = cores()
+    if per_task.isdecimal():
+        given = int(per_task)
+    elif on_node.isdecimal():
+        first = re.match(r"\d+", tasks)
+        given = int(on_node) // max(int(first[0]) if first else 1, 1)
+    else:
+        given = found
+    # (A job may be bound to its cores, or not; where it is not, Slurm's number counts.)
+    return max(1, given)
+
+
+def queue_settings(pack: Pack, environ: Mapping[str, str] = os.environ) -> QueueSettings:
+    """The settings of the local queue, for what the job was given.
+
+    GPUs that Slurm has not given are left alone, although NVML may show them. No leases: Slurm
+    has seen to it that nobody else is there.
+    """
+    settings = replace(pack.settings, leases=False)
+    settings.kill_grace_s = min(settings.kill_grace_s, pack.time.kill_wait_s * _GRACE_SHARE)
+    if settings.gpus == "auto" and not any(environ.get(name) for name in _GIVEN):
+        settings.gpus = []
+    elif not has_driver():
+        settings.monitor = False
+    if not pack.shared:
+        settings.max_processes = 1
+    elif settings.max_processes is None and not settings.gpus:
+        settings.max_processes = allocated_cores(environ)
+    return settings

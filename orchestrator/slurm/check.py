@@ -1,0 +1,71 @@
+"""Settings of the Slurm launcher that no cluster could meet: a sentence before anything starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.slurm.submit import tasks_of
+from orchestrator.sweep.errors import SweepError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from orchestrator.slurm.settings import SlurmSettings
+
+_GRID = "hydra_plugins.hydra_orchestrator.grid_sweeper."
+_ON_INTERRUPT = ("cancel", "leave")
+
+
+def check(settings: SlurmSettings, config: DictConfig) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        SweepError: what a setting is, and what it should be.
+    """
+    if settings.on_interrupt not in _ON_INTERRUPT:
+        raise _wrong("on_interrupt", settings.on_interrupt, f"one of {', '.join(_ON_INTERRUPT)}")
+    for name in ("array_parallelism", "runs_per_job"):
+        _at_least(settings, name, 1)
+    for name in ("max_num_timeout", "signal_delay_s"):
+        _at_least(settings, name, 0)
+    _check_sweeper(settings, config)
+    sweep_dir = str(settings.submitit_folder or config.hydra.sweep.dir)
+    if "%" in sweep_dir.replace("%j", "") or "\\" in sweep_dir or not sweep_dir.isprintable():
+        expected = "a path without %, backslashes and line ends, which Slurm reads otherwise"
+        raise SweepError(f"The sweep's directory is {sweep_dir!r}; expected {expected}.")
+    if settings.runs_per_job > 1 and _several_tasks(settings):
+        raise SweepError(
+            f"hydra.launcher.runs_per_job is {settings.runs_per_job} and each job has several "
+            "tasks (nodes, tasks_per_node); runs share a job of one task only. Set one of them "
+            "to 1."
+        )
+
+
+def _check_sweeper(settings: SlurmSettings, config: DictConfig) -> None:
+    """Other sweepers need the results of a launch."""
+    if settings.wait and not settings.dry_run:
+        return
+    sweeper = str(config.hydra.sweeper.get("_target_"))
+    if not sweeper.startswith(_GRID):
+        name = "dry_run=true" if settings.dry_run else "wait=false"
+        raise SweepError(
+            f"hydra.launcher.{name} is for hydra/sweeper=grid; {sweeper.rpartition('.')[2]} needs "
+            "the results of each launch. Choose hydra/sweeper=grid, or leave it out."
+        )
+
+
+def _several_tasks(settings: SlurmSettings) -> bool:
+    try:
+        return tasks_of({"nodes": settings.nodes, "tasks_per_node": settings.tasks_per_node}) > 1
+    except (TypeError, ValueError):
+        return False
+
+
+def _at_least(settings: SlurmSettings, name: str, least: int) -> None:
+    value: Any = getattr(settings, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _wrong(name, value, f"a whole number, {least} or more")
+
+
+def _wrong(name: str, value: Any, expected: str) -> SweepError:
+    return SweepError(f"hydra.launcher.{name} is {value!r}; expected {expected}.")

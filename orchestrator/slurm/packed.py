@@ -1,0 +1,119 @@
+"""Runs that were frozen at submission, as the local queue wants them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from orchestrator.identity import Identity
+from orchestrator.queue.job import (
+    forget_parent,
+    give_up,
+    limit_blas_threads,
+    set_up_process,
+    work,
+)
+from orchestrator.queue.plan import Plan
+from orchestrator.queue.spawn import load_config
+from orchestrator.queue.task import call_task
+from orchestrator.record import RunRecord, RunState
+from orchestrator.slurm.allocation import job_id
+from orchestrator.store import RunDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hydra.core.utils import JobReturn
+    from omegaconf import DictConfig
+
+    from orchestrator.queue.keeper import JobBody, Preparation
+    from orchestrator.queue.plan import Seat
+    from orchestrator.queue.settings import QueueSettings
+    from orchestrator.queue.task import Task
+    from orchestrator.queue.wire import JobRequest
+    from orchestrator.slurm.pack import Pack, PackedRun
+
+
+def packed_jobs(task: Task, configs: Mapping[int, bytes]) -> tuple[JobBody, Preparation]:
+    """What the job server needs to know: the task is in memory, the config is read in the job."""
+
+    def prepare(request: JobRequest) -> None:
+        limit_blas_threads(request.threads)
+
+    def body(request: JobRequest, record: RunRecord, outcome_fd: int) -> None:
+        try:
+            forget_parent()
+            set_up_process(request, record)
+        except BaseException as error:  # noqa: BLE001 - the last frame of the process
+            give_up(error, outcome_fd)
+
+        def load() -> Callable[[], JobReturn]:
+            config = load_config(io.BytesIO(configs[request.num]))
+            return partial(call_task, task, config, request.directory)
+
+        work(load, request, outcome_fd)
+
+    return body, prepare
+
+
+class Configs:
+    """The runs' composed configs, by their overrides."""
+
+    def __init__(self, runs: Sequence[PackedRun]) -> None:
+        self._configs = {run.record.overrides: run.config for run in runs}
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        return load_config(io.BytesIO(self._configs[tuple(overrides)]))
+
+
+class PackPlanner:
+    """Plans that were made at submission."""
+
+    def __init__(self, pack: Pack, settings: QueueSettings, *, ships: bool) -> None:
+        self._pack = pack
+        self._settings = settings
+        self._ships = ships
+
+    def plan(self, index: int, num: int, overrides: Sequence[str]) -> Plan:
+        run = self._pack.runs[index]
+        record = run.record
+        who = Identity(record.fingerprint, record.model_name, record.hyperparams, record.seed)
+        done = RunDir(Path(run.directory)).try_read()
+        if done is not None and not self._answers(done, record):
+            done = None
+        directory = Path(run.directory)
+        return Plan(index, run.num, record.overrides, who, directory, done, record.memory_shape)
+
+    def _answers(self, found: RunRecord, record: RunRecord) -> bool:
+        """Whether a record answers: of this sweep, from before a requeue, or of any at all."""
+        ours = found.sweep_id == record.sweep_id or self._pack.resume
+        done = found.state is RunState.COMPLETED
+        return done and ours and found.fingerprint == record.fingerprint
+
+    def request(self, plan: Plan, seat: Seat, sweep: Any) -> JobRequest:
+        run = self._pack.runs[plan.index]
+        record = msgspec.structs.replace(run.record, slurm_job_id=job_id())
+        request = seat.request(self._settings, record, plan.directory)
+        payload = self._pack.common + run.config if self._ships else None
+        return replace(request, resume=self._pack.resume, payload=payload, in_allocation=True)
+
+    def remember(self, plan: Plan, record: RunRecord) -> None:
+        """Nobody asks again."""
+
+
+class NoBook:
+    """The sweep's own files are the launcher's to write."""
+
+    def __init__(self, sweep_id: str) -> None:
+        self.sweep_id = sweep_id
+
+    def add_run(
+        self, index: int, directory: Path, hyperparams: dict[str, Any] | None = None
+    ) -> None: ...
+    def add_unstarted(self, record: RunRecord) -> None: ...
+    def write_partial_now_and_then(self) -> None: ...

@@ -1,0 +1,40 @@
+"""The launcher's settings, from Hydra's node and a cluster file."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from orchestrator.queue.settings import QueueSettings
+from orchestrator.slurm.settings import SlurmSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def read_settings(values: Mapping[str, Any]) -> SlurmSettings:
+    """Settings as a launcher is given them.
+
+    What a cluster file says holds where the config still has the default.
+
+    Raises:
+        OrchestratorError: the cluster file cannot be read as one.
+    """
+    plain: dict[str, Any] = {
+        name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for name, value in values.items()
+    }
+    plain["queue"] = QueueSettings(**(plain.get("queue") or {}))
+    settings = SlurmSettings(**plain)
+    if settings.cluster_file:
+        from orchestrator.slurm.cluster_file import read_cluster_file
+
+        default = SlurmSettings()
+        known = {field.name for field in fields(SlurmSettings)}
+        for name, value in read_cluster_file(Path(settings.cluster_file)).items():
+            if name in known and getattr(settings, name) == getattr(default, name):
+                setattr(settings, name, value)
+    return settings

@@ -1,0 +1,102 @@
+"""The final record of a run whose Slurm job is over and has not written one."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from orchestrator.record import ErrorInfo, RunRecord, RunState
+from orchestrator.store import RunLock, last_metrics
+
+if TYPE_CHECKING:
+    from orchestrator.slurm.states import Seen
+    from orchestrator.store import RunDir
+
+_TYPES = {
+    RunState.COMPLETED: "SlurmLost",
+    RunState.FAILED: "ProcessDied",
+    RunState.TIMEOUT: "SlurmTimeout",
+    RunState.CANCELLED: "SlurmCancelled",
+    RunState.LOST: "SlurmLost",
+}
+
+
+def settle(run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None) -> RunRecord | None:
+    """See that the record of a run is final, now that nobody works on it any more.
+
+    Args:
+        run: its directory.
+        asked: its record as it was when the job was submitted.
+        job_id: of the Slurm job, for the text.
+        seen: what Slurm says of how the job ended; None where it knows nothing of it any more.
+
+    Returns:
+        The final record; None where somebody works on the run, or another sweep has it by now.
+
+    Raises:
+        OSError: the record cannot be written.
+    """
+    lock = RunLock.acquire(run)
+    if lock is None:
+        return None
+    try:
+        found = run.try_read() or asked
+        if (found.sweep_id, found.index) != (asked.sweep_id, asked.index):
+            return None
+        if found.state.is_final:
+            return found
+        final = ended_as(found, job_id, seen)
+        run.write(final if final.metrics else _with_metrics(run, final))
+        return final
+    finally:
+        lock.release()
+
+
+def _with_metrics(run: RunDir, record: RunRecord) -> RunRecord:
+    import msgspec
+
+    return msgspec.structs.replace(record, metrics=last_metrics(run))
+
+
+def ended_as(found: RunRecord, job_id: str, seen: Seen | None) -> RunRecord:
+    """The record of a run as its Slurm job left it, in the final state that Slurm's words mean."""
+    state = _state(found, seen)
+    now = time.time()
+    began = found.started_at
+    record = found
+    if found.state is RunState.PENDING and state is RunState.TIMEOUT:
+        record = record.advance(RunState.RUNNING)
+    return record.advance(
+        state,
+        slurm_job_id=job_id,
+        ended_at=now,
+        duration_seconds=None if began is None else round(now - began, 3),
+        returncode=_returncode(seen),
+        error=ErrorInfo(_TYPES[state], _sentence(found, job_id, seen)),
+    )
+
+
+def _state(found: RunRecord, seen: Seen | None) -> RunState:
+    if seen is None:
+        return RunState.CANCELLED if found.state is RunState.PENDING else RunState.LOST
+    # A job that ended well without a word of its run has not done it.
+    return RunState.LOST if seen.state is RunState.COMPLETED else seen.state
+
+
+def _returncode(seen: Seen | None) -> int | None:
+    """The exit code of the job, as in `subprocess`: minus the signal where one ended it."""
+    words = seen.exit_code.split(":") if seen is not None else []
+    if len(words) != 2 or not all(word.isdecimal() for word in words):  # noqa: PLR2004
+        return None
+    code, number = map(int, words)
+    return -number if number else code
+
+
+def _sentence(found: RunRecord, job_id: str, seen: Seen | None) -> str:
+    began = "before it began" if found.state is RunState.PENDING else "while it ran"
+    if seen is None:
+        return f"Slurm's job {job_id} is gone, and Slurm knows nothing of it; it ended {began}"
+    where = f" on {seen.node}" if seen.node else ""
+    code = f", exit code {seen.exit_code}" if seen.exit_code not in ("", "0:0") else ""
+    reason = f" ({seen.reason})" if seen.reason not in ("", "None") else ""
+    return f"Slurm's job {job_id} ended{where} as {seen.word}{reason}{code} {began}"

@@ -1,0 +1,361 @@
+"""From runs to Slurm jobs: packs, arrays within the cluster's limits, and submitit's executor."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shlex
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from omegaconf import OmegaConf
+
+from orchestrator.slurm.ledger import Job, Ledger, write_ledger
+from orchestrator.slurm.pack import ENDED, JobTime, Pack, PackedRun
+from orchestrator.store import RunDir, RunLock
+from orchestrator.sweep.errors import SweepError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from omegaconf import DictConfig
+
+    from orchestrator.queue.plan import Plan
+    from orchestrator.queue.settings import QueueSettings
+    from orchestrator.slurm.client import Limits
+    from orchestrator.slurm.settings import SlurmSettings
+    from orchestrator.sweeps import Sweep
+
+# Keys of the launcher that go to submitit as they are.
+RESOURCES = (
+    "timeout_min",
+    "cpus_per_task",
+    "gpus_per_node",
+    "tasks_per_node",
+    "mem_gb",
+    "nodes",
+    "name",
+    "partition",
+    "qos",
+    "account",
+    "constraint",
+    "exclude",
+    "nodelist",
+    "gres",
+    "cpus_per_gpu",
+    "gpus_per_task",
+    "mem_per_gpu",
+    "mem_per_cpu",
+    "comment",
+    "additional_parameters",
+    "setup",
+    "teardown",
+    "srun_args",
+    "stderr_to_stdout",
+    "signal_delay_s",
+)
+# Those that submitit has for every kind of cluster; the others are called slurm_….
+_SHARED = (
+    "timeout_min",
+    "cpus_per_task",
+    "gpus_per_node",
+    "tasks_per_node",
+    "mem_gb",
+    "nodes",
+    "name",
+    "stderr_to_stdout",
+)
+# Ours decides how often; submitit counts otherwise.
+_NO_LIMIT = 1_000_000
+# A task that fails ends the others of its job, which would wait for it for ever.
+_END_TOGETHER = "--kill-on-bad-exit=1"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run to submit: its plan, its record, its config, and what its job asks Slurm for."""
+
+    plan: Plan
+    record: msgspec.Struct
+    config: bytes
+    resources: dict[str, Any]
+
+
+class Resources:
+    """What each run's job asks Slurm for.
+
+    Args:
+        settings: the launcher's.
+        raw: the same with its interpolations: these are looked up in each run's own config.
+    """
+
+    def __init__(self, settings: SlurmSettings, raw: dict[str, Any]) -> None:
+        self._common = {key: getattr(settings, key) for key in RESOURCES}
+        self._varying = [key for key in RESOURCES if "${" in json.dumps(raw.get(key), default=str)]
+
+    def of(self, config: DictConfig) -> dict[str, Any]:
+        """The resources of one run; its whole config is asked where they may differ."""
+        own = {
+            key: _plain(OmegaConf.select(config, f"hydra.launcher.{key}", throw_on_missing=True))
+            for key in self._varying
+        }
+        resources = {**self._common, **own}
+        check_text(resources)
+        return resources
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def check_text(resources: dict[str, Any]) -> None:
+    """Refuse text that would end a line of the batch script.
+
+    Raises:
+        SweepError: a value has a line end, or is not what sbatch could take.
+    """
+    extra = resources.get("additional_parameters") or {}
+    for key, value in [*resources.items(), *extra.items()]:
+        if key in ("setup", "teardown", "srun_args", "additional_parameters"):
+            continue
+        if isinstance(value, str) and not value.isprintable():
+            expected = "text in one line, without control characters"
+            raise SweepError(f"hydra.launcher.{key} is {value!r}; expected {expected}.")
+
+
+def tasks_of(resources: dict[str, Any]) -> int:
+    return int(resources["nodes"] or 1) * int(resources["tasks_per_node"] or 1)
+
+
+def packs(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
+    """Runs that share a job: those that ask for the same, in their order, at most ``size``."""
+    groups: dict[str, list[Asked]] = {}
+    for run in asked:
+        groups.setdefault(json.dumps(run.resources, sort_keys=True, default=str), []).append(run)
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def arrays(sizes: int, most: int) -> list[int]:
+    """Cut so many jobs into arrays of nearly equal sizes, none larger than ``most``."""
+    count = -(-sizes // most)
+    return [sizes // count + (number < sizes % count) for number in range(count)]
+
+
+def lanes(count: int, at_a_time: int) -> list[int]:
+    """How many tasks of each array may run at a time, ``at_a_time`` in all; 0: it has to wait.
+
+    Arrays of nearly equal sizes end at about the same time, so an equal share for each wastes
+    nothing. Where there are more arrays than places, the others follow one after the other.
+    """
+    share, more = divmod(at_a_time, count)
+    return [share + (number < more) for number in range(count)]
+
+
+class Submitter:
+    """Hands packs of runs to Slurm.
+
+    Args:
+        settings: the launcher's.
+        raw_queue: the settings of the local queue in each job, with their interpolations.
+        limits: the cluster's.
+        sweep: whose runs they are.
+        on_failure: `ResultsSettings.on_failure`.
+        resume: whether a COMPLETED record answers.
+    """
+
+    def __init__(
+        self,
+        settings: SlurmSettings,
+        raw_queue: dict[str, Any],
+        limits: Limits,
+        sweep: Sweep,
+        on_failure: Any,
+        *,
+        resume: bool,
+    ) -> None:
+        self._settings = settings
+        self._raw_queue = raw_queue
+        self._limits = limits
+        self._sweep = sweep
+        self._on_failure = on_failure
+        self._resume = resume
+        self.ledger = Ledger(submitted_at=time.time(), folder=str(self.folder))
+
+    @property
+    def folder(self) -> str:
+        return self._settings.submitit_folder or str(self._sweep.directory / "slurm")
+
+    def submit(
+        self, asked: Sequence[Asked], common: bytes, stopped: Callable[[], bool]
+    ) -> Iterator[tuple[str, Asked]]:
+        """Submit the runs; the ledger knows each array as soon as Slurm has it.
+
+        Args:
+            asked: the runs.
+            common: what all of them share, see `spawn.load_task`.
+            stopped: asked before each array.
+
+        Yields:
+            Each run's job id, for those that were submitted.
+
+        Raises:
+            SweepError: sbatch refuses; those before are in the queue.
+        """
+        (self._sweep.directory / ENDED).mkdir(parents=True, exist_ok=True)
+        by_resources: dict[str, list[list[Asked]]] = {}
+        for pack in packs(asked, self._settings.runs_per_job):
+            key = json.dumps(pack[0].resources, sort_keys=True, default=str)
+            by_resources.setdefault(key, []).append(pack)
+        sizes = [
+            (group, size)
+            for group in by_resources.values()
+            for size in arrays(len(group), self._limits.max_array_size)
+        ]
+        throttles = lanes(len(sizes), self._settings.array_parallelism)
+        starts: dict[int, int] = {}
+        last = ""
+        for (group, size), throttle in zip(sizes, throttles, strict=True):
+            if stopped():
+                return
+            start = starts.get(id(group), 0)
+            starts[id(group)] = start + size
+            chosen = group[start : start + size]
+            after = "" if throttle else last
+            ids = self._submit_array(chosen, common, throttle or 1, after)
+            last = ids[0].partition("_")[0]
+            self._enter(ids, chosen)
+            for job, pack in zip(ids, chosen, strict=True):
+                yield from ((job, run) for run in pack)
+
+    def _enter(self, ids: Sequence[str], chosen: Sequence[Sequence[Asked]]) -> None:
+        jobs = tuple(
+            Job(job, tuple(run.plan.num for run in pack))
+            for job, pack in zip(ids, chosen, strict=True)
+        )
+        self.ledger = msgspec.structs.replace(self.ledger, jobs=(*self.ledger.jobs, *jobs))
+        write_ledger(self._sweep.directory, self.ledger)
+
+    def _submit_array(
+        self, chosen: Sequence[Sequence[Asked]], common: bytes, throttle: int, after: str
+    ) -> list[str]:
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        from submitit import AutoExecutor
+
+        resources = chosen[0][0].resources
+        parameters, python = self._parameters(resources, throttle, after)
+        try:
+            # (submitit prints what sbatch says; it is in the error, too.)
+            with contextlib.redirect_stderr(io.StringIO()):
+                executor = AutoExecutor(
+                    self.folder,
+                    cluster="slurm",
+                    slurm_max_num_timeout=_NO_LIMIT,
+                    slurm_python=python,
+                )
+                executor.update_parameters(
+                    **{
+                        key if key in _SHARED else f"slurm_{key}": parameters[key]
+                        for key in parameters
+                    }
+                )
+                jobs = executor.submit_array([self._pack(pack, common) for pack in chosen])
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise SweepError(_refusal(error)) from error
+        except (TypeError, ValueError, AssertionError) as error:
+            raise SweepError(f"submitit does not take these settings: {error}") from error
+        return [job.job_id for job in jobs]
+
+    def _parameters(
+        self, resources: dict[str, Any], throttle: int, after: str
+    ) -> tuple[dict[str, Any], str]:
+        """What submitit is given, and the command that starts Python."""
+        settings, several = self._settings, tasks_of(resources) > 1
+        parameters = {key: value for key, value in resources.items() if value is not None}
+        extra = {
+            str(k): v for k, v in (parameters.pop("additional_parameters", None) or {}).items()
+        }
+        python = settings.python or shlex.quote(sys_executable())
+        use_srun = settings.use_srun
+        if use_srun is None:
+            use_srun = several or bool(settings.teardown)
+        if use_srun:
+            if several:
+                parameters["srun_args"] = [*(parameters.get("srun_args") or []), _END_TOGETHER]
+        else:
+            # Slurm's warning then goes to this process, which hands it on to the runs alone.
+            extra.setdefault("signal", f"B:USR2@{settings.signal_delay_s}")
+            python = f"exec {python}"
+        if after:
+            extra["dependency"] = f"afterany:{after}"
+        parameters |= {
+            "array_parallelism": throttle,
+            "use_srun": use_srun,
+            "additional_parameters": extra,
+        }
+        return parameters, python
+
+    def _pack(self, runs: Sequence[Asked], common: bytes) -> Pack:
+        settings, resources = self._settings, runs[0].resources
+        queue: QueueSettings = settings.queue
+        return Pack(
+            sweep_dir=str(self._sweep.directory),
+            common=common,
+            runs=tuple(
+                PackedRun(str(run.plan.directory), run.record, run.config)  # type: ignore[arg-type]
+                for run in runs
+            ),
+            shared=settings.runs_per_job > 1,
+            settings=replace(queue),
+            raw=self._raw_queue,
+            on_failure=self._on_failure,
+            resume=self._resume,
+            reports=settings.wait,
+            time=JobTime(
+                limit_s=60.0 * float(resources["timeout_min"]),
+                signal_delay_s=float(resources["signal_delay_s"]),
+                kill_wait_s=self._limits.kill_wait_s,
+                timeouts_left=settings.max_num_timeout,
+            ),
+        )
+
+
+def sys_executable() -> str:
+    import sys
+
+    # Not resolved: the python of a virtual environment is a link to another's.
+    return os.path.abspath(sys.executable)  # noqa: PTH100
+
+
+def _refusal(error: Exception) -> str:
+    """What sbatch said, in one line."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if "error:" in line]
+    said = "; ".join(dict.fromkeys(line.partition("error:")[2].strip() for line in lines))
+    return (
+        f"sbatch refuses the job: {said or text.strip()[-500:]}. Change what hydra.launcher asks "
+        "for (partition, account, timeout_min, gpus_per_node, mem_gb, …); what was submitted "
+        "before stays, and the same command again submits what is missing."
+    )
+
+
+def write_waiting(run: RunDir, record: Any) -> Any:
+    """Write the record of a run that is about to be submitted.
+
+    Returns:
+        The record as written; None where somebody works on the run now.
+    """
+    lock = RunLock.acquire(run)
+    if lock is None:
+        return None
+    try:
+        record = msgspec.structs.replace(record, attempts=run.begin_attempt())
+        run.write(record)
+    finally:
+        lock.release()
+    return record

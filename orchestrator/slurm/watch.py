@@ -1,0 +1,331 @@
+"""Waiting for runs on a cluster: what their jobs report, and what Slurm says of those that do not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import selectors
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from orchestrator.queue.wire import Ended
+from orchestrator.record import RunRecord, RunState
+from orchestrator.slurm.client import SlurmUnreachable
+from orchestrator.slurm.pack import ENDED
+from orchestrator.slurm.settle import settle
+from orchestrator.store import RunDir, read_bytes
+from orchestrator.wording import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from orchestrator.queue.answers import Answers
+    from orchestrator.queue.plan import Plan
+    from orchestrator.queue.progress import Progress
+    from orchestrator.queue.retry import FailureLimit
+    from orchestrator.queue.signals import StopSignals
+    from orchestrator.slurm.client import SlurmClient
+    from orchestrator.slurm.states import Seen
+
+# How often the directory is looked at in which jobs report.
+_LOOK_S = 0.25
+# Slurm is asked this often at first, and less as the sweep grows old: a share of its age.
+_FIRST_POLL_S = 1.0
+_POLL_SHARE = 0.05
+_LONGEST_POLL_S = 10.0
+# A query that takes long is made less often.
+_QUERY_SHARE = 0.05
+# How long after the end of its job a run may still be about to say how it ended.
+_LAST_WORDS_S = 2.0
+# Accounting and queue are two services: a new job, or one just ended, may be in neither.
+_NOWHERE_S = 5.0
+
+
+@dataclass(eq=False)
+class Waiting:
+    """A run that is waited for, and the Slurm job that does it."""
+
+    plan: Plan
+    record: RunRecord
+    job_id: str
+    sweep_dir: Path
+    submitted_at: float
+    # Since when its job has been seen to be over, on the injected clock.
+    over_since: float | None = None
+    # What Slurm said last, while it knew the job.
+    seen: Seen | None = None
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.plan.directory)
+
+    @property
+    def ended_file(self) -> Path:
+        return self.sweep_dir / ENDED / str(self.record.index)
+
+
+class Watcher:
+    """Waits until each run has its answer.
+
+    Args:
+        client: asks Slurm.
+        waiting: the runs.
+        answers: takes what they came to.
+        progress: tells the user.
+        limit: after how many failures nothing more is to start.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        client: SlurmClient,
+        waiting: Iterable[Waiting],
+        answers: Answers,
+        progress: Progress,
+        limit: FailureLimit,
+        *,
+        longest_poll_s: float = _LONGEST_POLL_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._client = client
+        self._left = {run.plan.index: run for run in waiting}
+        self._answers = answers
+        self._progress = progress
+        self._limit = limit
+        self._clock = clock
+        self._began = clock()
+        self._longest_poll_s = min(max(longest_poll_s, _FIRST_POLL_S), _LONGEST_POLL_S)
+        self._poll_at = clock() + _FIRST_POLL_S
+        self._look_at = clock()
+        self._silent = False
+        self._pending_said = ""
+        self.failures = 0
+        self._closed = False
+
+    @property
+    def left(self) -> list[Waiting]:
+        return list(self._left.values())
+
+    @property
+    def jobs(self) -> list[str]:
+        """Ids of the jobs that are not over, each once, in order."""
+        return list(dict.fromkeys(run.job_id for run in self._left.values()))
+
+    def run(self, signals: StopSignals, until: float | None = None) -> None:
+        """Go on until every run is answered, or a signal comes, or a moment.
+
+        Args:
+            signals: says when to stop.
+            until: on the clock.
+        """
+        so_far = len(signals.received)
+        with selectors.DefaultSelector() as selector:
+            selector.register(signals, selectors.EVENT_READ)
+            while self._left and len(signals.received) == so_far:
+                if until is not None and self._clock() >= until:
+                    return
+                self.step()
+                if self._left and selector.select(self._patience()):
+                    signals.drain()
+
+    def step(self) -> None:
+        """Look once at what is due."""
+        now = self._clock()
+        if now >= self._look_at:
+            self._take_reports()
+            self._look_at = self._clock() + _LOOK_S
+        if self._left and now >= self._poll_at:
+            self._poll()
+        self._progress.tick()
+
+    def hurry(self) -> None:
+        """Ask Slurm often again: jobs are being cancelled."""
+        self._began = self._clock()
+        self._poll_at = min(self._poll_at, self._clock() + _FIRST_POLL_S)
+
+    def _patience(self) -> float:
+        return max(min(self._look_at, self._poll_at) - self._clock(), 0.0)
+
+    # --- what jobs report ---
+
+    def _take_reports(self) -> None:
+        by_directory: dict[Path, dict[str, Waiting]] = defaultdict(dict)
+        for run in self._left.values():
+            by_directory[run.ended_file.parent][run.ended_file.name] = run
+        for directory, runs in by_directory.items():
+            for name in _names(directory):
+                if name in runs:
+                    self._take_report(runs[name])
+
+    def _take_report(self, run: Waiting) -> bool:
+        try:
+            ended = pickle.loads(read_bytes(run.ended_file))  # noqa: S301 - from our own job
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
+            return False
+        if not isinstance(ended, Ended):
+            return False
+        self._end(run, ended)
+        return True
+
+    def _end(self, run: Waiting, ended: Ended) -> None:
+        with contextlib.suppress(OSError):
+            run.ended_file.unlink()
+        self._left.pop(run.plan.index, None)
+        if ended.skipped:
+            self._progress.running.pop(run.plan.index, None)
+            self._answers.take_recorded(run.plan, ended.record)
+            return
+        self._answers.take(run.plan, ended)
+        if ended.record.state not in (RunState.COMPLETED, RunState.CANCELLED):
+            self._count_failure()
+
+    def _count_failure(self) -> None:
+        self.failures += 1
+        if self._closed or not self._limit.reached(self.failures):
+            return
+        self._closed = True
+        self._progress.say(self._limit.sentence(self.failures))
+        waiting = [
+            run.job_id
+            for run in self._left.values()
+            if run.seen is None or run.seen.state is RunState.PENDING
+        ]
+        with contextlib.suppress(SlurmUnreachable):
+            self._client.cancel(list(dict.fromkeys(waiting)))
+
+    # --- what Slurm says ---
+
+    def _poll(self) -> None:
+        began = self._clock()
+        try:
+            seen = self._client.poll(self.jobs)
+        except SlurmUnreachable as error:
+            if not self._silent:
+                self._progress.say(f"{error} What runs goes on; it is asked again.")
+            self._silent = True
+        else:
+            if self._silent:
+                self._progress.say("Slurm answers again.")
+            self._silent = False
+            self._heed(seen)
+        took = self._clock() - began
+        age = self._clock() - self._began
+        pause = max(_FIRST_POLL_S, age * _POLL_SHARE, took / _QUERY_SHARE)
+        self._poll_at = self._clock() + min(pause, self._longest_poll_s)
+
+    def _heed(self, seen: dict[str, Seen]) -> None:
+        now = self._clock()
+        over = []
+        for run in list(self._left.values()):
+            found = seen.get(run.job_id)
+            run.seen = found or run.seen
+            if found is not None and not found.state.is_final:
+                run.over_since = None
+                self._show(run, found)
+                continue
+            if run.over_since is None:
+                run.over_since = now
+                # A last word may come with the next look.
+                self._poll_at = now
+            over.append(run)
+        self._say_why_pending(seen)
+        self._see_to(over)
+
+    def _show(self, run: Waiting, found: Seen) -> None:
+        if found.state is RunState.RUNNING:
+            self._progress.start(run.plan.index, run.record.model_name, found.node or "running")
+        else:
+            self._progress.running.pop(run.plan.index, None)
+
+    def _say_why_pending(self, seen: dict[str, Seen]) -> None:
+        """Say once what keeps jobs from starting that nothing but the user will change."""
+        reasons = {found.reason for found in seen.values() if found.state is RunState.PENDING}
+        hopeless = ", ".join(sorted(reasons & _HOPELESS))
+        if hopeless and hopeless != self._pending_said:
+            self._progress.say(
+                f"Slurm will not start some jobs as they are ({hopeless}): see scontrol show job "
+                "ID, or stop with Ctrl+C and ask for something else."
+            )
+        self._pending_said = hopeless
+
+    def _see_to(self, over: list[Waiting]) -> None:
+        """Answer runs whose jobs are over: by their own records, or by what Slurm says."""
+        now = self._clock()
+        silent = []
+        for run in over:
+            if self._take_report(run) or self._take_record(run):
+                continue
+            assert run.over_since is not None
+            if now - run.over_since >= _LAST_WORDS_S:
+                silent.append(run)
+        if not silent:
+            return
+        unknown = [run.job_id for run in silent if run.seen is None or not run.seen.state.is_final]
+        since = min(run.submitted_at for run in silent)
+        accounted = self._client.ended(unknown, since) if unknown else {}
+        for run in silent:
+            found = accounted.get(run.job_id) or run.seen
+            if found is not None and not found.state.is_final:
+                found = None
+            assert run.over_since is not None
+            if found is not None or now - run.over_since >= _NOWHERE_S:
+                self._settle(run, found)
+
+    def _take_record(self, run: Waiting) -> bool:
+        record = run.run.try_read()
+        if record is None or not record.state.is_final:
+            return False
+        ours = (record.sweep_id, record.index) == (run.record.sweep_id, run.record.index)
+        done = record.state is RunState.COMPLETED
+        self._end(run, Ended(record, skipped=done and not ours))
+        return True
+
+    def _settle(self, run: Waiting, found: Seen | None) -> None:
+        try:
+            record = settle(run.run, run.record, run.job_id, found)
+        except OSError as error:
+            record = run.record.advance(RunState.LOST)
+            self._end(
+                run, Ended(record, warning=f"no record could be written: {error}", saved=False)
+            )
+            return
+        if record is not None:
+            self._end(run, Ended(record))
+        else:  # somebody else has the run: look again
+            run.over_since = self._clock()
+
+    def summary(self) -> str:
+        """How many runs wait and run, and the jobs that do them."""
+        running = sum(1 for run in self._left.values() if run.plan.index in self._progress.running)
+        waiting = len(self._left) - running
+        return f"{plural(running, 'run')} going on and {waiting} waiting"
+
+
+_HOPELESS = frozenset(
+    {
+        "AccountNotAllowed",
+        "AssocGrpCPUMinutesLimit",
+        "BadConstraints",
+        "DependencyNeverSatisfied",
+        "InvalidAccount",
+        "InvalidQOS",
+        "JobHeldAdmin",
+        "JobHeldUser",
+        "PartitionNodeLimit",
+        "PartitionTimeLimit",
+        "QOSNotAllowed",
+        "launch failed requeued held",
+    }
+)
+
+
+def _names(directory: Path) -> list[str]:
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries]
+    except OSError:
+        return []

@@ -1,0 +1,114 @@
+"""The local queue inside a Slurm job: Slurm may announce the job's end, or ask for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.queue.scheduler import Scheduler
+from orchestrator.queue.signals import StopSignals
+from orchestrator.queue.wire import Started
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
+
+    from orchestrator.queue.attempts import Job
+    from orchestrator.queue.context import Context
+    from orchestrator.slurm.pack import JobTime
+
+# Slurm looks at time limits once a minute, and may be that much early or late.
+_SLACK_S = 60.0
+# Of the time between Slurm's announcement and its limit, what runs may use to save their state.
+_SAVING_SHARE = 0.75
+
+
+class PackSignals(StopSignals):
+    """Slurm's signals: SIGUSR2 announces the end of the job, SIGTERM asks for it."""
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+
+    def __init__(self, job: JobTime) -> None:
+        super().__init__()
+        self.warned = False
+        self._job = job
+        self._began = float(os.environ.get("SLURM_JOB_START_TIME") or time.time())
+
+    @property
+    def told(self) -> bool:
+        """Whether Slurm has said anything at all."""
+        return self.warned or bool(self.received)
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether it is the job's own time that is up; else it was preempted, or cancelled."""
+        ran = time.time() - self._began
+        ahead = self._job.signal_delay_s if self.warned else 0.0
+        return self.told and ran + ahead + _SLACK_S >= self._job.limit_s
+
+    @property
+    def reason(self) -> str:  # type: ignore[override]
+        return "SLURM_TIMEOUT" if self.timed_out else "SLURM_ENDED"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR2:
+            self.warned = True
+            self.wake()
+        else:
+            super()._handle(number, frame)
+
+    def stop(self) -> None:
+        """What was announced has come."""
+        self.received.append(signal.SIGUSR2)
+
+
+class PackScheduler(Scheduler):
+    """Tells runs when the job's end is announced, and gives them some time to save their state."""
+
+    def __init__(
+        self,
+        points: Sequence[Sequence[str]],
+        first_num: int,
+        context: Context,
+        signals: PackSignals,
+        job: JobTime,
+    ) -> None:
+        super().__init__(points, first_num, context, signals)
+        self._slurm = signals
+        self._saving_s = job.signal_delay_s * _SAVING_SHARE
+        self._deadline: float | None = None
+
+    @property
+    def closed(self) -> str:
+        return super().closed or ("Slurm has announced the end." if self._slurm.warned else "")
+
+    def _heed(self) -> None:
+        self._slurm.drain()
+        if self._slurm.received:
+            self._stop_all()
+        elif self._slurm.warned and self._deadline is None:
+            self._deadline = self._context.clock() + self._saving_s
+            self._context.progress.say(f"Slurm announces the end; {len(self._jobs)} runs are told.")
+            for job in self._jobs.values():
+                job.link.warn()
+
+    def _take(self, job: Job, message: Any) -> None:
+        super()._take(job, message)
+        if isinstance(message, Started) and self._deadline is not None:
+            job.link.warn()
+
+    def _wait(self) -> None:
+        super()._wait()
+        if self._deadline is not None and self._context.clock() >= self._deadline:
+            self._deadline = float("inf")
+            self._slurm.stop()
+            self._stop_all()
+
+    def _patience(self) -> float | None:
+        patience = super()._patience()
+        if self._deadline is None or self._deadline == float("inf"):
+            return patience
+        left = max(self._deadline - self._context.clock(), 0.0)
+        return left if patience is None else min(left, patience)
