@@ -39,6 +39,12 @@ class SweepBook:
         self._launches = 0
         self._last_results: weakref.finalize[..., SweepBook] | None = None
 
+    @property
+    def sweep(self) -> Sweep:
+        """The sweep, once it has points."""
+        assert self._sweep is not None
+        return self._sweep
+
     def extend(self, points: Sequence[Sequence[str]], gpus: Sequence[SweepGpu] = ()) -> Sweep:
         """The sweep, with some more points.
 
@@ -82,8 +88,7 @@ class SweepBook:
         Raises:
             SweepError: every run has ended, but their records or results are not on the disk.
         """
-        sweep = self._sweep
-        assert sweep is not None
+        sweep = self.sweep
         sweep.states.update({state.value: count for state, count in progress.states.items()})
         if progress.skipped:
             sweep.states["SKIPPED"] += progress.skipped

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from orchestrator.queue.plan import Plan
     from orchestrator.queue.settings import QueueSettings
+    from orchestrator.record import RunRecord
     from orchestrator.slurm.client import Limits
     from orchestrator.slurm.settings import SlurmSettings
     from orchestrator.sweeps import Sweep
@@ -80,7 +81,7 @@ class Asked:
     """A run to submit: its plan, its record, its config, and what its job asks Slurm for."""
 
     plan: Plan
-    record: msgspec.Struct
+    record: RunRecord
     config: bytes
     resources: dict[str, Any]
 
@@ -244,8 +245,8 @@ class Submitter:
     def _submit_array(
         self, chosen: Sequence[Sequence[Asked]], common: bytes, throttle: int, after: str
     ) -> list[str]:
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
         from submitit import AutoExecutor
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         resources = chosen[0][0].resources
         parameters, python = self._parameters(resources, throttle, after)
@@ -306,10 +307,7 @@ class Submitter:
         return Pack(
             sweep_dir=str(self._sweep.directory),
             common=common,
-            runs=tuple(
-                PackedRun(str(run.plan.directory), run.record, run.config)  # type: ignore[arg-type]
-                for run in runs
-            ),
+            runs=tuple(PackedRun(str(run.plan.directory), run.record, run.config) for run in runs),
             shared=settings.runs_per_job > 1,
             settings=replace(queue),
             raw=self._raw_queue,
@@ -344,7 +342,7 @@ def _refusal(error: Exception) -> str:
     )
 
 
-def write_waiting(run: RunDir, record: Any) -> Any:
+def write_waiting(run: RunDir, record: RunRecord) -> RunRecord | None:
     """Write the record of a run that is about to be submitted.
 
     Returns:

@@ -77,6 +77,8 @@ class Watcher:
         answers: takes what they came to.
         progress: tells the user.
         limit: after how many failures nothing more is to start.
+        failures: how many there are already.
+        longest_poll_s: the longest time between two looks at Slurm's queue, within 1 and 10.
         clock: in seconds.
     """
 
@@ -88,6 +90,7 @@ class Watcher:
         progress: Progress,
         limit: FailureLimit,
         *,
+        failures: int = 0,
         longest_poll_s: float = _LONGEST_POLL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -103,7 +106,7 @@ class Watcher:
         self._look_at = clock()
         self._silent = False
         self._pending_said = ""
-        self.failures = 0
+        self.failures = failures
         self._closed = False
 
     @property

@@ -1,0 +1,276 @@
+"""One launch on a cluster: plan, submit, wait; or leave it to Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.queue.answers import Answers
+from orchestrator.queue.book import counts
+from orchestrator.queue.context import nobody_listens
+from orchestrator.queue.task import number_job
+from orchestrator.record import ErrorInfo, RunState
+from orchestrator.slurm.client import SlurmUnreachable
+from orchestrator.slurm.ledger import Ledgers
+from orchestrator.slurm.states import collapse
+from orchestrator.slurm.submit import Asked, Resources, write_waiting
+from orchestrator.slurm.watch import Waiting, Watcher
+from orchestrator.store import SWEEPS, RunDir
+from orchestrator.sweep.errors import SweepError
+from orchestrator.wording import plural
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from hydra.core.utils import JobReturn
+
+    from orchestrator.queue.book import SweepBook
+    from orchestrator.queue.plan import Plan, Planner
+    from orchestrator.queue.progress import Progress
+    from orchestrator.queue.retry import FailureLimit
+    from orchestrator.queue.signals import StopSignals
+    from orchestrator.queue.spawn import Shipper
+    from orchestrator.queue.wire import Ended
+    from orchestrator.slurm.client import SlurmClient
+    from orchestrator.slurm.settings import SlurmSettings
+    from orchestrator.slurm.submit import Submitter
+    from orchestrator.sweep.compose import Composer
+    from orchestrator.sweeps import Sweep
+
+# How long the last of the cancelled jobs may take to be gone, beside the time that Slurm gives
+# their processes.
+_CANCEL_S = 20.0
+
+
+@dataclass(eq=False)
+class SlurmLaunch:
+    """The points of one launch, from Hydra's call to its answer."""
+
+    points: Sequence[Sequence[str]]
+    first_num: int
+    _: KW_ONLY
+    settings: SlurmSettings
+    # The same with its interpolations.
+    raw: dict[str, Any]
+    composer: Composer
+    planner: Planner
+    book: SweepBook
+    progress: Progress
+    limit: FailureLimit
+    client: SlurmClient
+    submitter: Submitter
+    shipper: Shipper
+    kill_wait_s: float
+    # Over all launches of the launcher.
+    failures: int
+    ended: Callable[[Plan, Ended], None] = nobody_listens
+    answers: Answers = field(init=False)
+    waiting: list[Waiting] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.answers = Answers(self, len(self.points), self.first_num)
+
+    @property
+    def sweep(self) -> Sweep:
+        return self.book.sweep
+
+    def run(self, signals: StopSignals) -> list[JobReturn]:
+        """Submit what is missing and, unless the settings say otherwise, wait for all of it.
+
+        Raises:
+            SweepError: Slurm refuses a job, or records are not on the disk.
+            SystemExit: a signal has come.
+        """
+        plans = list(self._plan(signals))
+        self._find_under_way(plans)
+        known = {run.plan.index for run in self.waiting}
+        asked = list(self._ask([p for p in plans if p.index not in known], signals))
+        refused = self._submit(asked, signals)
+        if not self.settings.wait and not signals.received:
+            self._leave()
+        else:
+            self._wait(signals)
+        if refused is not None:
+            raise refused
+        return [result for result in self.answers.returns if result is not None]
+
+    # --- before submission ---
+
+    def _plan(self, signals: StopSignals) -> Iterator[Plan]:
+        """The plans of those points that are not answered yet."""
+        for index, overrides in enumerate(self.points):
+            if signals.received:
+                return
+            num = self.first_num + index
+            try:
+                plan = self.planner.plan(index, num, overrides)
+            except Exception as error:  # noqa: BLE001 - the point's own failure; the others go on
+                self._cannot_start(index, num, overrides, error)
+                continue
+            if plan.done is not None:
+                self.answers.take_recorded(plan, plan.done)
+            elif not self.answers.is_repeat(plan):
+                self.sweep.add_run(num, plan.directory, plan.who.hyperparams)
+                yield plan
+
+    def _cannot_start(
+        self, index: int, num: int, overrides: Sequence[str], error: Exception
+    ) -> None:
+        self.failures += 1
+        self.answers.cannot_start(index, num, overrides, error)
+
+    def _find_under_way(self, plans: Sequence[Plan]) -> None:
+        """Take up runs that a Slurm job of an earlier launch does, or waits to do."""
+        ledgers = Ledgers(self.planner.sweep_dir)
+        found = []
+        for plan in plans:
+            record = RunDir(plan.directory).try_read()
+            if record is None or record.state.is_final:
+                continue
+            job_id = ledgers.job_of(record.sweep_id, record.index)
+            ledger = ledgers.of(record.sweep_id)
+            if job_id and ledger is not None and record.fingerprint == plan.who.fingerprint:
+                directory = self.planner.sweep_dir / SWEEPS / record.sweep_id
+                found.append(Waiting(plan, record, job_id, directory, ledger.submitted_at))
+        seen = self.client.poll({run.job_id for run in found}) if found else {}
+        for run in found:
+            if run.job_id in seen and not seen[run.job_id].state.is_final:
+                self.waiting.append(run)
+        if self.waiting:
+            jobs = " ".join(collapse(run.job_id for run in self.waiting))
+            count = plural(len(self.waiting), "run")
+            self.progress.say(f"{count} under way already, in Slurm's {jobs}.")
+
+    def _ask(self, plans: Sequence[Plan], signals: StopSignals) -> Iterator[Asked]:
+        """Compose each run once and for all, and write the record of its waiting."""
+        resources = Resources(self.settings, self.raw)
+        for plan in plans:
+            if signals.received:
+                return
+            try:
+                asked = self._ask_one(plan, resources)
+            except Exception as error:  # noqa: BLE001 - the run's own failure; the others go on
+                self._cannot_start(plan.index, plan.num, plan.overrides, error)
+            else:
+                yield asked
+
+    def _ask_one(self, plan: Plan, resources: Resources) -> Asked:
+        config = self.composer.compose(plan.overrides)
+        number_job(config, plan.num)
+        wanted = resources.of(config)
+        packed = self.shipper.pack_config(config)
+        record = write_waiting(RunDir(plan.directory), self.planner.record(plan, self.sweep))
+        if record is None:
+            raise SweepError(
+                f"{plan.directory} is being worked in by another launcher, which does not do it on "
+                "Slurm. Wait for it, and type the same command again."
+            )
+        return Asked(plan, record, packed, wanted)
+
+    # --- submission ---
+
+    def _submit(self, asked: Sequence[Asked], signals: StopSignals) -> SweepError | None:
+        """Hand the runs to Slurm; an error of it is for later, when what it took has ended."""
+        refused: SweepError | None = None
+        before = len(self.waiting)
+        try:
+            for job_id, run in self.submitter.submit(
+                asked, self.shipper.common, lambda: bool(signals.received)
+            ):
+                since = self.submitter.ledger.submitted_at
+                directory = self.sweep.directory
+                self.waiting.append(Waiting(run.plan, run.record, job_id, directory, since))
+        except SweepError as error:
+            refused = error
+        new = self.waiting[before:]
+        self._drop(asked[len(new) :], refused)
+        if refused is not None and not new:
+            raise refused
+        if new:
+            ids = list(dict.fromkeys(run.job_id for run in new))
+            what = f"{plural(len(new), 'run')} in {plural(len(ids), 'job')}"
+            self.progress.say(f"Submitted {what} to Slurm: {' '.join(collapse(ids))}.")
+        return refused
+
+    def _drop(self, asked: Sequence[Asked], refused: SweepError | None) -> None:
+        """Runs that did not get as far as Slurm's queue are not left PENDING."""
+        if refused is not None:
+            why = f"not submitted: {refused}"
+        else:
+            why = "the sweep was stopped before it was submitted"
+        for run in asked:
+            error = ErrorInfo("NotSubmitted", why)
+            record = run.record.advance(RunState.CANCELLED, error=error, ended_at=time.time())
+            with contextlib.suppress(OSError):
+                RunDir(run.plan.directory).write(record)
+            self.answers.refuse(run.plan, record)
+
+    # --- after submission ---
+
+    def _leave(self) -> None:
+        """Return without waiting: each run's JobReturn says that it is submitted."""
+        for run in self.waiting:
+            self.answers.leave(run.plan)
+        self.sweep.write()
+        if self.waiting:
+            self.progress.say(_how_to_follow(self.sweep.root))
+        elif self.progress.skipped:
+            self.book.close(self.progress, self.answers, complete=True)
+
+    def _wait(self, signals: StopSignals) -> None:
+        watcher = Watcher(
+            self.client,
+            self.waiting,
+            self.answers,
+            self.progress,
+            self.limit,
+            failures=self.failures,
+            longest_poll_s=self.settings.poll_interval_s,
+        )
+        if not signals.received:
+            watcher.run(signals)
+        self.failures = watcher.failures
+        if signals.received:
+            self._interrupted(watcher, signals)
+        results = self.book.close(self.progress, self.answers, complete=True)
+        self.progress.say(f"All runs ended ({counts(self.progress)}). {results}")
+
+    def _interrupted(self, watcher: Watcher, signals: StopSignals) -> None:
+        """Cancel the jobs, or leave them, and end the program."""
+        number = signals.received[0]
+        # A connection that is lost is no wish to end what runs on the cluster.
+        cancel = self.settings.on_interrupt == "cancel" and number != signal.SIGHUP
+        if cancel and watcher.jobs:
+            self._cancel(watcher, signals)
+        results = self.book.close(self.progress, self.answers, complete=False)
+        if watcher.jobs:
+            ids = " ".join(collapse(watcher.jobs))
+            follow = _how_to_follow(self.sweep.root)
+            self.progress.say(f"Left to Slurm: {watcher.summary()}, in {ids}. {follow}")
+        else:
+            again = "The same command again runs what is missing."
+            self.progress.say(f"Stopped: {counts(self.progress)}. {results} {again}")
+        raise SystemExit(128 + number)
+
+    def _cancel(self, watcher: Watcher, signals: StopSignals) -> None:
+        ids = " ".join(collapse(watcher.jobs))
+        self.progress.say(f"Cancelling {ids}; Ctrl+C again leaves what is left to Slurm.")
+        self.progress.stopping(0)
+        try:
+            self.client.cancel(watcher.jobs)
+        except SlurmUnreachable as error:
+            self.progress.say(str(error))
+        else:
+            watcher.hurry()
+            watcher.run(signals, time.monotonic() + self.kill_wait_s + _CANCEL_S)
+
+
+def _how_to_follow(root: Path) -> str:
+    return (
+        f"orchestrator-status {root} shows the runs, orchestrator-status stop {root} cancels "
+        "them, and the same command again waits for them."
+    )
