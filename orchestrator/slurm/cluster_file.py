@@ -38,7 +38,7 @@ _OWN = {field.name for field in fields(SlurmSettings)} - {"_target_", "cluster_f
 _QUEUE = {field.name for field in fields(SlurmSettings().queue)} - {"_target_"}
 # Lines of shell by nature: the one place where a value reaches a shell as it is.
 _SHELL = {"setup", "teardown"}
-# Their type is Any for the sake of interpolations.
+# The types do not say so: in a preset they may be interpolations.
 _NUMBERS = ("timeout_min", "cpus_per_task", "tasks_per_node", "mem_gb", "nodes")
 
 _EXPERIMENT_MANAGER = {"n_gpus", "n_cpus", "memory", "pre_script", "post_script"}
@@ -267,7 +267,7 @@ def _from_pyexputils(file: _File) -> None:
 
 
 def _put_memory_per_core(file: _File) -> None:
-    # PyExpUtils takes a bare number for gigabytes under the newer of the two names only.
+    # PyExpUtils takes a bare number for gigabytes under the newer name only.
     for key, plain in (("memPerCpu", "M"), ("mem_per_core", "G")):
         if (megabytes := file.megabytes(key, plain=plain)) is not None:
             file.put("mem_per_cpu", f"{megabytes}M", key)
@@ -339,9 +339,9 @@ def _from_own_keys(file: _File) -> None:
         own.pop("nodes", None)
     for key in sorted(own.keys() & _SHELL):
         file.lines(key)
-    _check_numbers(file, own)
     _check_mappings(file, own)
     _check_types(file, {key: value for key, value in own.items() if key not in _SHELL})
+    _check_numbers(file, own)
     for key in sorted(own):
         if key in ("queue", "additional_parameters"):
             for entry, value in own[key].items():
@@ -353,10 +353,8 @@ def _from_own_keys(file: _File) -> None:
 def _check_numbers(file: _File, own: dict[str, Any]) -> None:
     for key in _NUMBERS:
         value = own.get(key)
-        if value is None or (isinstance(value, str) and "${" in value):
-            continue
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if value is not None and not (is_number and math.isfinite(value) and value > 0):
             raise file.wrong(key, "a number above 0")
 
 
@@ -382,6 +380,8 @@ def _check_types(file: _File, own: dict[str, Any]) -> None:
         # A line break would end the comment that carries an option, quoted or not.
         if not _is_one_line(value):
             raise file.wrong(key, "texts of one line, not empty")
+        if "${" in json.dumps(value):
+            raise file.wrong(key, "plain values; a preset may look them up in each run's config")
         try:
             OmegaConf.merge(schema, {key: value})
         except OmegaConfBaseException as error:
