@@ -182,8 +182,9 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def never_began(self) -> bool:
-        """Whether the run has been waiting for its start, and for nothing else, until now."""
-        return self.state is RunState.PENDING and self.started_at is None
+        """Whether the run has only been waiting for its start, until now or until it was cancelled."""
+        waited = self.state in (RunState.PENDING, RunState.CANCELLED)
+        return waited and self.started_at is None
 
     def with_last_attempt(self) -> tuple[Attempt, ...]:
         """All attempts so far, this one included, for a run that is about to be done again.

@@ -29,7 +29,7 @@ from orchestrator.record import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 RECORD = "run.json"
 CLAIM = ".claim"
@@ -96,12 +96,15 @@ class RunDir:
         """Replace the record atomically; a final state is on the disk before this returns."""
         write_atomic(self.record, encode(record), durable=record.state.is_final)
 
-    def begin_attempt(self) -> tuple[Attempt, ...]:
+    def begin_attempt(self, *, goes_on: bool = False) -> tuple[Attempt, ...]:
         """Make room for another attempt; the caller holds the lock.
 
         What the last one left moves to ``attempts/<n>/``. A finished run that is done again
         starts in an empty directory; after a failure checkpoints and arrays stay where a
         task that resumes will look for them.
+
+        Args:
+            goes_on: the next attempt goes on where the last has saved its state: the curve stays.
 
         Returns:
             All attempts so far, for the new record.
@@ -109,20 +112,23 @@ class RunDir:
         earlier = self.try_read()
         if earlier is not None and earlier.never_began:
             return earlier.attempts
-        self.set_aside(whole=earlier is not None and earlier.state is RunState.COMPLETED)
+        whole = earlier is not None and earlier.state is RunState.COMPLETED
+        self.set_aside(whole=whole, but=(self.metrics.name,) if goes_on else ())
         return () if earlier is None else earlier.with_last_attempt()
 
-    def set_aside(self, *, whole: bool) -> None:
+    def set_aside(self, *, whole: bool, but: Collection[str] = ()) -> None:
         """Move the last attempt's record, logs and curve to ``attempts/<n>/``.
 
         Args:
             whole: move everything else, too.
+            but: the names of what stays.
         """
         names = (
             [entry.name for entry in os.scandir(self.path) if entry.name not in (CLAIM, ATTEMPTS)]
             if whole
             else [name for name in _ATTEMPT_FILES if (self.path / name).exists()]
         )
+        names = [name for name in names if name not in but]
         if not names:
             return
         self.attempts.mkdir(exist_ok=True)

@@ -358,7 +358,8 @@ def test_another_attempt_begins_and_the_last_one_is_told(tmp_path, state):
     assert run.begin_attempt() == ()
     assert not run.attempts.exists()
     for number in range(2):
-        run.write(_record(state=state, returncode=number, attempts=run.begin_attempt()))
+        attempts = run.begin_attempt()
+        run.write(_record(state=state, returncode=number, attempts=attempts, started_at=1.0))
         (run.path / "checkpoint").touch()
     attempts = run.begin_attempt()
     expected = state if state.is_final else RunState.LOST

@@ -80,9 +80,9 @@ class Answers:
         self._context.progress.skip(plan.overrides)
 
     def refuse(self, plan: Plan, record: RunRecord) -> None:
-        """A run could not be handed on."""
+        """A run could not be handed on; all that there is to say of it is said for all of them."""
         self._result(plan).take(record, None)
-        self._context.progress.end(plan.index, plan.overrides, record, "")
+        self._context.progress.states[record.state] += 1
 
     def leave(self, plan: Plan) -> None:
         """A run waits, or runs, on a cluster; nobody waits for it here."""

@@ -35,7 +35,9 @@ def serve(launcher: socket.socket, body: JobBody, prepare: Preparation | None = 
     become_subreaper()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # (In a Slurm job it is ignored from the start: there it comes to every process of the job.)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()
     _Server(launcher, body, prepare).run()
 

@@ -187,7 +187,7 @@ class SlurmLaunch:
         except SweepError as error:
             refused = error
         new = self.waiting[before:]
-        self._drop(asked[len(new) :], refused)
+        self._drop(asked[len(new) :], refused, say=bool(new))
         if refused is not None and not new:
             raise refused
         if new:
@@ -196,10 +196,12 @@ class SlurmLaunch:
             self.progress.say(f"Submitted {what} to Slurm: {' '.join(collapse(ids))}.")
         return refused
 
-    def _drop(self, asked: Sequence[Asked], refused: SweepError | None) -> None:
+    def _drop(self, asked: Sequence[Asked], refused: SweepError | None, *, say: bool) -> None:
         """Runs that did not get as far as Slurm's queue are not left PENDING."""
+        if asked and refused is not None and say:
+            self.progress.say(f"{plural(len(asked), 'run')} not submitted: {refused}")
         if refused is not None:
-            why = f"not submitted: {refused}"
+            why = str(refused)
         else:
             why = "the sweep was stopped before it was submitted"
         for run in asked:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +31,18 @@ def read_settings(values: Mapping[str, Any]) -> SlurmSettings:
     if settings.cluster_file:
         from orchestrator.slurm.cluster_file import read_cluster_file
 
-        default = SlurmSettings()
-        known = {field.name for field in fields(SlurmSettings)}
-        for name, value in read_cluster_file(Path(settings.cluster_file)).items():
-            if name in known and getattr(settings, name) == getattr(default, name):
-                setattr(settings, name, value)
+        _fill_in(settings, read_cluster_file(Path(settings.cluster_file)))
     return settings
+
+
+def _fill_in(settings: Any, said: Mapping[str, Any]) -> None:
+    """Take in what a file says where the config has the default; mappings key by key."""
+    default = type(settings)()
+    for name, value in said.items():
+        own = getattr(settings, name)
+        if name == "queue":
+            _fill_in(own, value)
+        elif isinstance(value, dict):
+            setattr(settings, name, {**value, **own})
+        elif own == getattr(default, name):
+            setattr(settings, name, value)

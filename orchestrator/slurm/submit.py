@@ -208,6 +208,8 @@ class Submitter:
         Raises:
             SweepError: sbatch refuses; those before are in the queue.
         """
+        if not asked:
+            return
         (self._sweep.directory / ENDED).mkdir(parents=True, exist_ok=True)
         by_resources: dict[str, list[list[Asked]]] = {}
         for pack in packs(asked, self._settings.runs_per_job):

@@ -90,7 +90,9 @@ class PackScheduler(Scheduler):
             self._stop_all()
         elif self._slurm.warned and self._deadline is None:
             self._deadline = self._context.clock() + self._saving_s
-            self._context.progress.say(f"Slurm announces the end; {len(self._jobs)} runs are told.")
+            self._context.progress.say(
+                f"Slurm announces the end; {len(self._jobs)} running are told."
+            )
             for job in self._jobs.values():
                 job.link.warn()
 

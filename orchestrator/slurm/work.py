@@ -25,13 +25,14 @@ from orchestrator.queue.resources import make_places, start_watcher
 from orchestrator.queue.retry import FailureLimit, RetryPolicy
 from orchestrator.queue.spawn import load_task
 from orchestrator.queue.start_method import choose
-from orchestrator.queue.wire import Ended
+from orchestrator.queue.wire import PREEMPTED, Ended
 from orchestrator.record import ErrorInfo, RunState
 from orchestrator.slurm.allocation import allocated_cores, job_id, queue_settings
 from orchestrator.slurm.packed import Configs, NoBook, PackPlanner, packed_jobs
 from orchestrator.slurm.ranks import error_of_ranks
 from orchestrator.slurm.within import PackScheduler, PackSignals
 from orchestrator.store import RunDir, RunLock, completed_runs, write_atomic
+from orchestrator.wording import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,9 @@ class PackJob:
             settings.gpus_per_job = len(places.gpus)
         overrides = [run.record.overrides for run in pack.runs]
         progress = Progress(len(pack.runs), SettingsCount(overrides, "seed"))
-        progress.say(f"Job {job_id()}: {len(pack.runs)} runs by {method} ({reason}), on {where}.")
+        count = plural(len(pack.runs), "run")
+        on = where if places.gpus else plural(allocated_cores(), "core")
+        progress.say(f"Job {job_id()}: {count} by {method} ({reason}), on {on}.")
         places.say = progress.say
         needs = self._needs(places)
         context = Context(
@@ -163,7 +166,7 @@ class PackJob:
         if handler is None:  # not under submitit
             return
         for run in missing:
-            _wait_again(run)
+            _wait_again(run, self._ended.get(run.num))
         handler._delayed.function = pack  # noqa: SLF001 - what its `checkpoint` is asked of
         with contextlib.suppress(subprocess.SubprocessError, OSError):
             self._requeue(signal.SIGUSR2, None)
@@ -176,7 +179,9 @@ class PackJob:
             error = ErrorInfo("SLURM_ENDED", "its Slurm job ended before it could begin")
             record = found.advance(RunState.CANCELLED, ended_at=time.time(), error=error)
             ended = Ended(record)
-        elif found.never_began:  # it was to go back into the queue, which Slurm has refused
+        elif (
+            found.state is RunState.PENDING
+        ):  # it was to go back into the queue, which Slurm has refused
             ended = replace(ended, record=msgspec.structs.replace(ended.record, attempts=()))
         failure = error_of_ranks(Path(run.directory))
         if failure is not None:
@@ -219,12 +224,16 @@ def _at_a_time(places: Places, needs: Needs) -> int:
     return max(1, places.size // max(gpus, 1)) if places.gpus else places.size
 
 
-def _wait_again(run: PackedRun) -> None:
+def _wait_again(run: PackedRun, ended: Ended | None) -> None:
     """A run that was cut short is PENDING again, its attempt among the earlier ones."""
     files = RunDir(Path(run.directory))
+    error = ended.record.error if ended else None
+    saved = error is not None and error.type == PREEMPTED
     lock = RunLock.acquire(files)
     try:
-        files.write(msgspec.structs.replace(run.record, attempts=files.begin_attempt()))
+        files.write(
+            msgspec.structs.replace(run.record, attempts=files.begin_attempt(goes_on=saved))
+        )
     finally:
         if lock is not None:
             lock.release()
