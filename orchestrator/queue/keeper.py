@@ -133,6 +133,8 @@ class Keeper:
         # Still PENDING; it says so on the disk from the moment the directory is ours.
         self._record = request.record
         self._reason: Reason | None = None
+        # What it was last told, be it too late.
+        self._last_order: Reason | None = None
         self._told_to_stop = False
         self._outcome: Outcome | None = None
         self._usage = Usage(None, None)
@@ -198,7 +200,7 @@ class Keeper:
         self._watch(tree, outcome_fd)
         os.close(outcome_fd)
         if self._request.in_allocation and self._reason is None and self._ended_by_sigterm(tree):
-            self._await_word()
+            self._reason = self._last_order or self._await_order()
         return record, tree
 
     def _ended_by_sigterm(self, tree: JobTree) -> bool:
@@ -207,14 +209,15 @@ class Keeper:
             error is not None and error.type == "EndedBySignal"
         )
 
-    def _await_word(self) -> None:
+    def _await_order(self) -> Reason | None:
         """Slurm's signal may have reached the job before the launcher, which knows why."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._launcher, selectors.EVENT_READ)
             if selector.select(_LAST_WORD_S):
                 for message in self._commands.receive():
                     if isinstance(message, Stop):
-                        self._reason = Reason[message.reason]
+                        return Reason[message.reason]
+        return None
 
     def _watch(self, tree: JobTree, outcome_fd: int) -> None:
         os.set_blocking(outcome_fd, False)
@@ -279,6 +282,7 @@ class Keeper:
         # left-over processes are being ended.
         if tree.returncode is None and self._reason is None:
             self._reason = reason
+        self._last_order = reason
         tree.ask_to_end()
 
     def _finish(self, running: RunRecord, returncode: int) -> None:

@@ -147,8 +147,8 @@ def _become_server(
         os._exit(0)
 
 
-def spawned_server() -> ServerLink:
-    """Start the job server as a fresh interpreter."""
+def spawned_server(before: Callable[[], None] | None = None) -> ServerLink:
+    """Start the job server as a fresh interpreter; ``before`` is called in it before it is one."""
     from orchestrator.queue.spawn import anonymous_file, interpreter
 
     ours, theirs = socket_pair()
@@ -160,6 +160,7 @@ def spawned_server() -> ServerLink:
         stdout=subprocess.DEVNULL,
         pass_fds=(stream, descriptor),
         start_new_session=True,
+        preexec_fn=before,  # noqa: PLW1509 - it may only set signals
     )
     os.close(stream)
     theirs.close()

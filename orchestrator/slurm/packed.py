@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,21 @@ if TYPE_CHECKING:
     from orchestrator.slurm.pack import Pack, PackedRun
 
 
+def ignore_slurm() -> None:
+    """Live on when Slurm signals every process of the job: records are still to be written.
+
+    The jobs themselves have handlers of their own.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def packed_jobs(task: Task, configs: Mapping[int, bytes]) -> tuple[JobBody, Preparation]:
-    """What the job server needs to know: the task is in memory, the config is read in the job."""
+    """What the job server needs to know: the task is in memory, the config is read in the job.
+
+    Called in the server, first thing.
+    """
+    ignore_slurm()
 
     def prepare(request: JobRequest) -> None:
         limit_blas_threads(request.threads)

@@ -96,6 +96,12 @@ class PackScheduler(Scheduler):
             for job in self._jobs.values():
                 job.link.warn()
 
+    def _stop_all(self) -> None:
+        for job in self._jobs.values():
+            job.link.stop(self._slurm.reason)
+        self._context.progress.stopping(0)
+        self._context.progress.say(f"Slurm ends the job; {len(self._jobs)} running are ended.")
+
     def _take(self, job: Job, message: Any) -> None:
         super()._take(job, message)
         if isinstance(message, Started) and self._deadline is not None:

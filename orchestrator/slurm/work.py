@@ -28,7 +28,7 @@ from orchestrator.queue.start_method import choose
 from orchestrator.queue.wire import PREEMPTED, Ended
 from orchestrator.record import ErrorInfo, RunState
 from orchestrator.slurm.allocation import allocated_cores, job_id, queue_settings
-from orchestrator.slurm.packed import Configs, NoBook, PackPlanner, packed_jobs
+from orchestrator.slurm.packed import Configs, NoBook, PackPlanner, ignore_slurm, packed_jobs
 from orchestrator.slurm.ranks import error_of_ranks
 from orchestrator.slurm.within import PackScheduler, PackSignals
 from orchestrator.store import RunDir, RunLock, completed_runs, write_atomic
@@ -64,14 +64,13 @@ class PackJob:
         Raises:
             SystemExit: with status 1, where a run has not ended well.
         """
-        with _unharmed():
+        with self._signals:
             scheduler, context = self._prepare()
-        try:
-            with self._signals:
+            try:
                 scheduler.run()
-        finally:
-            context.progress.close()
-            context.server.close()
+            finally:
+                context.progress.close()
+                context.server.close()
         self._finish()
 
     def _prepare(self) -> tuple[PackScheduler, Context]:
@@ -121,7 +120,7 @@ class PackJob:
 
     def _server_maker(self, task: Task | None) -> Callable[[], ServerLink]:
         if task is None:
-            return spawned_server
+            return partial(spawned_server, before=ignore_slurm)
         configs = {run.num: run.config for run in self._pack.runs}
         return partial(forked_server, partial(packed_jobs, task, configs))
 
@@ -202,21 +201,6 @@ def _load(common: bytes) -> Task | None:
     except BaseException as error:  # noqa: BLE001 - an app may do anything when it is imported
         print(f"The app could not be loaded: {ErrorInfo.of(error).line}", file=sys.stderr)
         return None
-
-
-@contextlib.contextmanager
-def _unharmed() -> Any:
-    """What is started meanwhile is not ended by Slurm's signals, which reach every process.
-
-    The job server and the keepers live on to write records; a job has handlers of its own.
-    """
-    numbers = (signal.SIGTERM, signal.SIGUSR2, signal.SIGCONT)
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _at_a_time(places: Places, needs: Needs) -> int:
