@@ -37,7 +37,7 @@ _QUEUE = "JobArrayID:|,State:|,exit_code:|,RestartCnt:|,NodeList:|,Reason:|"
 _OLD_QUEUE = "%i|%T|||%N|%r"
 _QUEUE_FIELDS = 6
 _OURS = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_")
-_COMMAND_CHARS = 160
+_COMMAND_CHARS = 80
 
 Run = Callable[[Sequence[str], Mapping[str, str], float], "subprocess.CompletedProcess[str]"]
 
@@ -122,6 +122,8 @@ class SlurmClient:
         self._environ = os.environ if environ is None else environ
         self._queue_format = f"--Format={_QUEUE}"
         self._accounting_from = -float("inf")
+        # Jobs that waited when they were last seen.
+        self._waiting: set[str] = set()
 
     def is_there(self) -> bool:
         """Whether jobs can be submitted from this machine."""
@@ -130,11 +132,20 @@ class SlurmClient:
     def poll(self, ids: Iterable[str]) -> dict[str, Seen]:
         """Where these jobs are, as far as slurmctld knows them; it forgets those that ended.
 
+        Tasks that are cancelled before they start leave the queue without a trace; those that
+        waited when this was asked before are CANCELLED where all of their array was that waited.
+
         Raises:
             SlurmUnreachable: squeue fails or does not answer.
         """
         wanted = set(ids)
-        return _named(_read_queue(self._queue()), wanted) if wanted else {}
+        rows = list(_read_queue(self._queue())) if wanted else []
+        found = _named(rows, wanted)
+        self._waiting -= found.keys()
+        for task in _withdrawn(rows, wanted & self._waiting):
+            found[task] = Seen(RunState.CANCELLED, "CANCELLED")
+        self._waiting |= {job for job, seen in found.items() if seen.state is RunState.PENDING}
+        return found
 
     def _queue(self) -> str:
         # --all: partitions may be hidden. One question for all jobs: it does not grow with them.
@@ -149,8 +160,8 @@ class SlurmClient:
         """How jobs that slurmctld does not know any more ended, as far as accounting knows.
 
         Tasks that were cancelled before they started need not have an entry of their own: those
-        of an array whose rest was cancelled so count as cancelled too. Where tasks went that were
-        cancelled one by one, while others of their array went on, nobody knows.
+        of an array count as cancelled where all of it was that waited. Where tasks went that were
+        cancelled while others of their array went on waiting, nobody knows.
 
         Args:
             ids: jobs that `poll` has not found.
@@ -290,7 +301,7 @@ def _named(rows: Iterable[tuple[str, Seen]], wanted: set[str]) -> dict[str, Seen
 
 
 def _withdrawn(rows: Iterable[tuple[str, Seen]], nowhere: Iterable[str]) -> list[str]:
-    """Tasks whose array is over for those that had not started."""
+    """Those of these tasks whose array was cancelled for all that had not started."""
     over = {
         base_of(name) for name, seen in rows if seen.state is RunState.CANCELLED and not seen.node
     }
@@ -347,7 +358,7 @@ def _gpus(tres: str) -> float:
     """GPUs in ``cpu=4,gres/gpu:a100=2,gres/gpu=2``; the sum by type is not always there."""
     counts = re.findall(r"(?:^|,)gres/gpu(:[^=,]*)?=(\d+)", tres)
     whole = [float(count) for kind, count in counts if not kind]
-    return whole[0] if whole else sum(float(count) for _, count in counts)
+    return whole[0] if whole else sum((float(count) for _, count in counts), 0.0)
 
 
 def _read_limits(text: str) -> Limits:
