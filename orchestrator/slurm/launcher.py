@@ -138,6 +138,7 @@ class SlurmLaunches:
         return self._shipper
 
     def _show(self, points: Sequence[Sequence[str]], first_num: int) -> list[JobReturn]:
-        from orchestrator.slurm.dry_run import show
+        from orchestrator.slurm.dry_run import DryRun
 
-        return show(points, first_num, self._settings, self._raw, self._planner, self.composer)
+        dry = DryRun(self._settings, self._raw, self._planner, self.composer, self._client)
+        return dry.show(points, first_num)
