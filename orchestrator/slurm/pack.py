@@ -1,4 +1,4 @@
-"""What one Slurm job is to do: some runs, frozen at submission. submitit pickles it and calls it."""
+"""What one Slurm job is to do: some runs, frozen at submission."""
 
 from __future__ import annotations
 
@@ -62,29 +62,24 @@ class Pack:
     reports: bool
     time: JobTime
 
-    def __call__(self) -> None:
+    def __call__(self, path: str) -> None:
         """Do the runs; called in the Slurm job, once in each of its tasks.
+
+        Args:
+            path: the file that this was read from.
 
         Raises:
             SystemExit: with status 1, where a run has not ended well.
         """
-        from orchestrator.slurm.ranks import own_rank
+        from orchestrator.slurm.ranks import own_rank, run_rank
 
         rank = own_rank()
         if rank:
-            from orchestrator.slurm.ranks import run_rank
-
             run_rank(self, rank)
         else:
             from orchestrator.slurm.work import PackJob
 
-            PackJob(self).run()
-
-    def checkpoint(self) -> Any:
-        """What submitit starts when the job is put back into the queue."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+            PackJob(self, Path(path)).run()
 
     def after_timeout(self) -> Pack:
         """The same once its time was up."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from orchestrator.queue.task import Task
     from orchestrator.slurm.pack import Pack, PackedRun
 
+_REQUEUE_S = 60.0
 # What Slurm's signals cut short: it may be put back into the queue and go on.
 _CUT_SHORT = (RunState.TIMEOUT, RunState.CANCELLED)
 
@@ -49,14 +49,13 @@ _CUT_SHORT = (RunState.TIMEOUT, RunState.CANCELLED)
 class PackJob:
     """The runs of one Slurm job, from its first process."""
 
-    def __init__(self, pack: Pack) -> None:
+    def __init__(self, pack: Pack, path: Path) -> None:
         self._pack = pack
+        self._path = path
         self._settings = queue_settings(pack)
         self._runs = {run.num: run for run in pack.runs}
         self._ended: dict[int, Ended] = {}
         self._signals = PackSignals(pack.time)
-        # submitit's: it knows how a job is put back into the queue.
-        self._requeue: Any = signal.getsignal(signal.SIGUSR2)
 
     def run(self) -> None:
         """Do the runs.
@@ -161,14 +160,15 @@ class PackJob:
             if pack.time.timeouts_left < 1:
                 return
             pack = pack.after_timeout()
-        handler = getattr(self._requeue, "__self__", None)
-        if handler is None:  # not under submitit
-            return
         for run in missing:
             _wait_again(run, self._ended.get(run.num))
-        handler._delayed.function = pack  # noqa: SLF001 - what its `checkpoint` is asked of
-        with contextlib.suppress(subprocess.SubprocessError, OSError):
-            self._requeue(signal.SIGUSR2, None)
+        try:
+            write_atomic(self._path, pickle.dumps(pack, protocol=pickle.HIGHEST_PROTOCOL))
+            requeue()
+        except (subprocess.SubprocessError, OSError) as error:
+            print(f"Slurm does not take the job back into its queue: {error}", flush=True)
+        else:
+            sys.exit(1)
 
     def _give_up(self, run: PackedRun) -> None:
         """The final record of a run that this job will not go on with."""
@@ -193,6 +193,20 @@ class PackJob:
         if failure is not None or self._signals.timed_out or not self._signals.received:
             # Else Slurm itself may put the job back into its queue; the launcher asks it.
             self._report(run.num)
+
+
+def requeue() -> None:
+    """Have Slurm put this job back into its queue; it ends this process.
+
+    Raises:
+        OSError: there is no scontrol here.
+        subprocess.SubprocessError: Slurm does not do it.
+    """
+    words = ["scontrol", "requeue", job_id()]
+    subprocess.run(
+        words, check=True, timeout=_REQUEUE_S, stdin=subprocess.DEVNULL, capture_output=True
+    )
+    print(f"Slurm has job {job_id()} back in its queue.", flush=True)
 
 
 def _load(common: bytes) -> Task | None:
