@@ -19,6 +19,8 @@ import msgspec
 from orchestrator.errors import OrchestratorError
 
 SCHEMA_VERSION = 1
+# The error of a run that has saved its state because its time was nearly up.
+PREEMPTED = "Preempted"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -158,6 +160,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     # The highest memory on any one of its GPUs; GPUs times seconds; mean utilisation in percent.
     peak_gpu_memory_gb: float | None = None
     gpu_seconds: float | None = None
+    # CPU cores times seconds, by the accounting of a cluster; None elsewhere.
+    core_seconds: float | None = None
     gpu_utilization: float | None = None
     metrics: dict[str, float] = {}
     # What decides on its memory: the same for runs that take the same; empty where nobody asked.

@@ -19,6 +19,7 @@ import msgspec
 from orchestrator.naming import with_suffix
 from orchestrator.processes import boot_id, hostname, is_alive
 from orchestrator.record import (
+    PREEMPTED,
     Attempt,
     RecordError,
     RunRecord,
@@ -96,15 +97,13 @@ class RunDir:
         """Replace the record atomically; a final state is on the disk before this returns."""
         write_atomic(self.record, encode(record), durable=record.state.is_final)
 
-    def begin_attempt(self, *, goes_on: bool = False) -> tuple[Attempt, ...]:
+    def begin_attempt(self) -> tuple[Attempt, ...]:
         """Make room for another attempt; the caller holds the lock.
 
         What the last one left moves to ``attempts/<n>/``. A finished run that is done again
         starts in an empty directory; after a failure checkpoints and arrays stay where a
-        task that resumes will look for them.
-
-        Args:
-            goes_on: the next attempt goes on where the last has saved its state: the curve stays.
+        task that resumes will look for them, and where it has said that its state is saved
+        (`orchestrator.Preempted`) its curve goes on, too.
 
         Returns:
             All attempts so far, for the new record.
@@ -113,6 +112,8 @@ class RunDir:
         if earlier is not None and earlier.never_began:
             return earlier.attempts
         whole = earlier is not None and earlier.state is RunState.COMPLETED
+        error = None if earlier is None else earlier.error
+        goes_on = error is not None and error.type == PREEMPTED
         self.set_aside(whole=whole, but=(self.metrics.name,) if goes_on else ())
         return () if earlier is None else earlier.with_last_attempt()
 

@@ -13,14 +13,12 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.record import ErrorInfo, RunRecord, RunState
+from orchestrator.record import PREEMPTED, ErrorInfo, RunRecord, RunState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _HEADER = struct.Struct("!Q")
-# The exception of a task that has saved its state because its time was nearly up.
-PREEMPTED = "Preempted"
 
 
 @dataclass(frozen=True)

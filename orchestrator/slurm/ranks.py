@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from orchestrator.queue.wire import PREEMPTED
-from orchestrator.record import ErrorInfo
+from orchestrator.record import PREEMPTED, ErrorInfo
 from orchestrator.store import RunDir, read_bytes, write_atomic
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from orchestrator.queue.resources import make_places, start_watcher
 from orchestrator.queue.retry import FailureLimit, RetryPolicy
 from orchestrator.queue.spawn import load_task
 from orchestrator.queue.start_method import choose
-from orchestrator.queue.wire import PREEMPTED, Ended
+from orchestrator.queue.wire import Ended
 from orchestrator.record import ErrorInfo, RunState
 from orchestrator.slurm.allocation import allocated_cores, job_id, queue_settings
 from orchestrator.slurm.packed import Configs, NoBook, PackPlanner, ignore_slurm, packed_jobs
@@ -161,7 +161,7 @@ class PackJob:
                 return
             pack = pack.after_timeout()
         for run in missing:
-            _wait_again(run, self._ended.get(run.num))
+            _wait_again(run)
         try:
             write_atomic(self._path, pickle.dumps(pack, protocol=pickle.HIGHEST_PROTOCOL))
             requeue()
@@ -222,16 +222,12 @@ def _at_a_time(places: Places, needs: Needs) -> int:
     return max(1, places.size // max(gpus, 1)) if places.gpus else places.size
 
 
-def _wait_again(run: PackedRun, ended: Ended | None) -> None:
+def _wait_again(run: PackedRun) -> None:
     """A run that was cut short is PENDING again, its attempt among the earlier ones."""
     files = RunDir(Path(run.directory))
-    error = ended.record.error if ended else None
-    saved = error is not None and error.type == PREEMPTED
     lock = RunLock.acquire(files)
     try:
-        files.write(
-            msgspec.structs.replace(run.record, attempts=files.begin_attempt(goes_on=saved))
-        )
+        files.write(msgspec.structs.replace(run.record, attempts=files.begin_attempt()))
     finally:
         if lock is not None:
             lock.release()
