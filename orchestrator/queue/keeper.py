@@ -64,6 +64,7 @@ class Reason(enum.Enum):
     GPU_LOST = "its GPU was lost"
     SLURM_ENDED = "Slurm asked its job to end (scancel, or preemption)"
     SLURM_TIMEOUT = "its Slurm job reached its time limit"
+    SLURM_JOB_DIED = "the first process of its Slurm job was killed"
 
     @property
     def state(self) -> RunState:
@@ -74,6 +75,7 @@ _STATES = {
     Reason.TIMEOUT: RunState.TIMEOUT,
     Reason.SLURM_TIMEOUT: RunState.TIMEOUT,
     Reason.SERVER_DIED: RunState.LOST,
+    Reason.SLURM_JOB_DIED: RunState.LOST,
     Reason.GPU_LOST: RunState.FAILED,
 }
 
@@ -275,7 +277,8 @@ class Keeper:
             elif isinstance(message, Warn):
                 tree.warn()
         if self._commands.closed:
-            self._end(tree, Reason.LAUNCHER_DIED)
+            in_job = self._request.in_allocation
+            self._end(tree, Reason.SLURM_JOB_DIED if in_job else Reason.LAUNCHER_DIED)
 
     def _end(self, tree: JobTree, reason: Reason) -> None:
         # A job that has ended by itself keeps its outcome, whatever happens while its

@@ -30,6 +30,7 @@ from orchestrator.queue.job import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
 
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
@@ -84,6 +85,7 @@ class Shipper:
         function, callbacks = _by_name(task.function), task.callbacks
         common = {
             "function": function or task.function,
+            "main": _main_package(),
             "callbacks": callbacks,
             "job_name": JobRuntime.instance().get("name"),
             "version_base": str(getbase()),
@@ -101,6 +103,15 @@ class Shipper:
         import cloudpickle
 
         return _framed(cloudpickle.dumps(config))
+
+
+def _main_package() -> str | None:
+    """The name of the main module where it is a package's (``python -m package``).
+
+    `multiprocessing` leaves those out when it makes another process like this one.
+    """
+    name = getattr(sys.modules["__main__"].__spec__, "name", None)
+    return name if name is not None and name.endswith(".__main__") else None
 
 
 def _framed(data: bytes) -> bytes:
@@ -197,14 +208,16 @@ def load_task(stream: Any) -> Task:
 
     with _no_second_sweep():
         prepare(pickle.load(stream))  # noqa: S301
-    common = pickle.loads(pickle.load(stream))  # noqa: S301
+        common = pickle.loads(pickle.load(stream))  # noqa: S301
+        main = common["main"]
+        home = importlib.import_module(main) if main else sys.modules["__main__"]
     setup_globals()
     setbase(common["version_base"])
     JobRuntime.instance().set("name", common["job_name"])
     _restore_resolvers(common["resolvers"])
     function = common["function"]
     if isinstance(function, str):
-        function = _find_in_main(function)
+        function = _find_in(home, function)
     return Task(function, common["callbacks"])
 
 
@@ -244,8 +257,8 @@ def _restore_resolvers(resolvers: dict[str, bytes]) -> None:
             BaseContainer._resolvers[name] = pickle.loads(data)  # noqa: SLF001, S301
 
 
-def _find_in_main(name: str) -> Callable[..., Any]:
-    found: Any = sys.modules["__main__"]
+def _find_in(module: ModuleType, name: str) -> Callable[..., Any]:
+    found: Any = module
     for part in name.split("."):
         found = getattr(found, part)
     while hasattr(found, "__wrapped__"):

@@ -187,7 +187,9 @@ class SlurmLaunch:
         except SweepError as error:
             refused = error
         new = self.waiting[before:]
-        self._drop(asked[len(new) :], refused, say=bool(new))
+        taken = {run.plan.index for run in new}
+        left = [run for run in asked if run.plan.index not in taken]
+        self._drop(left, refused, say=bool(new))
         if refused is not None and not new:
             raise refused
         if new:

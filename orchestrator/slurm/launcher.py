@@ -14,10 +14,11 @@ from orchestrator.queue.retry import FailureLimit
 from orchestrator.queue.signals import StopSignals
 from orchestrator.queue.task import Task
 from orchestrator.slurm.check import check
-from orchestrator.slurm.client import SlurmClient
+from orchestrator.slurm.client import SlurmClient, SlurmUnreachable
 from orchestrator.slurm.launch import SlurmLaunch
 from orchestrator.slurm.submit import Submitter
 from orchestrator.sweep.compose import Composer
+from orchestrator.sweep.errors import SweepError
 from orchestrator.wording import plural
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from orchestrator.queue.spawn import Shipper
     from orchestrator.slurm.client import Limits
     from orchestrator.slurm.settings import SlurmSettings
+
+# A service that hangs is not to keep anybody from hearing that a run was cancelled.
+_ACCOUNTING_S = 4.0
 
 
 class SlurmLaunches:
@@ -50,7 +54,7 @@ class SlurmLaunches:
         self._planner = Planner(self.composer, config, settings.queue)
         self._planner.shapes = settings.queue.memory_per_job_gb is not None
         self._book = SweepBook(config, self._planner, task_function)
-        self._client = SlurmClient()
+        self._client = SlurmClient(accounting_timeout_s=_ACCOUNTING_S)
         raw = OmegaConf.to_container(config.hydra.launcher, resolve=False)
         assert isinstance(raw, dict)
         self._raw: dict[str, Any] = {str(key): value for key, value in raw.items()}
@@ -69,16 +73,21 @@ class SlurmLaunches:
         """Run the jobs on the cluster; one JobReturn each, in the order given.
 
         Raises:
-            SweepError: the settings ask for what cannot be, Slurm refuses, or records are not
-                on the disk.
-            SlurmUnreachable: Slurm's tools are not there, or do not answer.
+            SweepError: the settings ask for what cannot be, Slurm refuses or cannot be asked, or
+                records are not on the disk.
             SystemExit: a signal ended the sweep, or left it to Slurm.
         """
+        try:
+            return self._launch(job_overrides, initial_job_idx)
+        except SlurmUnreachable as error:
+            raise SweepError(str(error)) from error
+
+    def _launch(self, job_overrides: Sequence[Sequence[str]], first_num: int) -> list[JobReturn]:
         check(self._settings, self._config)
         check_settings(self._settings.queue)
         limit = FailureLimit(self._planner.results.on_failure)
         if self._settings.dry_run:
-            return self._show(job_overrides, initial_job_idx)
+            return self._show(job_overrides, first_num)
         # (Before anything is written: whether there is a cluster at all.)
         self._limits = self._limits or self._client.limits()
         self._book.extend(job_overrides)
@@ -87,7 +96,7 @@ class SlurmLaunches:
         )
         try:
             with StopSignals() as signals:
-                launch = self._make_launch(job_overrides, initial_job_idx, progress, limit)
+                launch = self._make_launch(job_overrides, first_num, progress, limit)
                 try:
                     return launch.run(signals)
                 finally:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from orchestrator.record import ErrorInfo, RunRecord, RunState
 from orchestrator.store import RunLock, last_metrics
@@ -52,9 +55,28 @@ def settle(run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None) -> Run
         lock.release()
 
 
-def _with_metrics(run: RunDir, record: RunRecord) -> RunRecord:
-    import msgspec
+def corrected(run: RunDir, record: RunRecord, job_id: str, seen: Seen | None) -> RunRecord:
+    """A record that says only that Slurm ended the job, with Slurm's own word for why.
 
+    Slurm sends the same signal for ``scancel``, at a time limit and when a node goes down.
+
+    Args:
+        run: its directory; the better record is written there.
+        record: the final one.
+        job_id: of the Slurm job.
+        seen: what Slurm says of how the job ended.
+    """
+    told = record.error is not None and record.error.type == "SLURM_ENDED"
+    if not told or seen is None or seen.state not in (RunState.LOST, RunState.TIMEOUT):
+        return record
+    error = ErrorInfo(_TYPES[seen.state], _sentence(record, job_id, seen))
+    better = msgspec.structs.replace(record, state=seen.state, error=error)
+    with contextlib.suppress(OSError):
+        run.write(better)
+    return better
+
+
+def _with_metrics(run: RunDir, record: RunRecord) -> RunRecord:
     return msgspec.structs.replace(record, metrics=last_metrics(run))
 
 
@@ -93,7 +115,7 @@ def _returncode(seen: Seen | None) -> int | None:
 
 
 def _sentence(found: RunRecord, job_id: str, seen: Seen | None) -> str:
-    began = "before it began" if found.state is RunState.PENDING else "while it ran"
+    began = "before it began" if found.started_at is None else "while it ran"
     if seen is None:
         return f"Slurm's job {job_id} is gone, and Slurm knows nothing of it; it ended {began}"
     where = f" on {seen.node}" if seen.node else ""

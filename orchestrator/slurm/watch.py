@@ -15,7 +15,7 @@ from orchestrator.queue.wire import Ended
 from orchestrator.record import RunRecord, RunState
 from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.pack import ENDED
-from orchestrator.slurm.settle import settle
+from orchestrator.slurm.settle import corrected, settle
 from orchestrator.store import RunDir, read_bytes
 from orchestrator.wording import plural
 
@@ -204,8 +204,10 @@ class Watcher:
 
     def _poll(self) -> None:
         began = self._clock()
+        took = 0.0
         try:
             seen = self._client.poll(self.jobs)
+            took = self._clock() - began
         except SlurmUnreachable as error:
             if not self._silent:
                 self._progress.say(f"{error} What runs goes on; it is asked again.")
@@ -215,7 +217,6 @@ class Watcher:
                 self._progress.say("Slurm answers again.")
             self._silent = False
             self._heed(seen)
-        took = self._clock() - began
         age = self._clock() - self._began
         pause = max(_FIRST_POLL_S, age * _POLL_SHARE, took / _QUERY_SHARE)
         self._poll_at = self._clock() + min(pause, self._longest_poll_s)
@@ -284,6 +285,8 @@ class Watcher:
             return False
         ours = (record.sweep_id, record.index) == (run.record.sweep_id, run.record.index)
         done = record.state is RunState.COMPLETED
+        if ours:
+            record = corrected(run.run, record, run.job_id, run.seen)
         self._end(run, Ended(record, skipped=done and not ours))
         return True
 
