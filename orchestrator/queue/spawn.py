@@ -189,10 +189,11 @@ def job_main(stream: Any) -> None:
     open_streams()
 
     def load() -> Callable[[], JobReturn]:
-        from orchestrator.queue.task import call_task
+        from orchestrator.queue.task import call_task, name_job
 
-        task = load_task(stream)
-        return partial(call_task, task, load_config(stream), request.directory)
+        task, config = load_task(stream), load_config(stream)
+        name_job(config, request.record.slurm_job_id)
+        return partial(call_task, task, config, request.directory)
 
     work(load, request, outcome_fd)
 

@@ -49,6 +49,13 @@ def number_job(config: DictConfig, num: int) -> None:
         config.hydra.job.num = num
 
 
+def name_job(config: DictConfig, job_id: str) -> None:
+    """Give a numbered config the id that its job has elsewhere; without one it stays its number."""
+    if job_id:
+        with read_write(config), open_dict(config):
+            config.hydra.job.id = job_id
+
+
 @contextmanager
 def as_current(config: DictConfig) -> Iterator[None]:
     """Make a config Hydra's current one, for ``${hydra:...}``, and then the one before again."""

@@ -21,7 +21,7 @@ from orchestrator.queue.job import (
 )
 from orchestrator.queue.plan import Plan
 from orchestrator.queue.spawn import load_config
-from orchestrator.queue.task import call_task
+from orchestrator.queue.task import call_task, name_job
 from orchestrator.record import RunRecord, RunState
 from orchestrator.slurm.allocation import job_id
 from orchestrator.store import RunDir
@@ -68,6 +68,7 @@ def packed_jobs(task: Task, configs: Mapping[int, bytes]) -> tuple[JobBody, Prep
 
         def load() -> Callable[[], JobReturn]:
             config = load_config(io.BytesIO(configs[request.num]))
+            name_job(config, request.record.slurm_job_id)
             return partial(call_task, task, config, request.directory)
 
         work(load, request, outcome_fd)

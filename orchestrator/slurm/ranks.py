@@ -57,7 +57,8 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
         reseed,
     )
     from orchestrator.queue.spawn import load_config, load_task
-    from orchestrator.queue.task import call_task
+    from orchestrator.queue.task import call_task, name_job
+    from orchestrator.slurm.allocation import job_id
 
     run = pack.runs[0]
     own = rank_dir(Path(run.directory), rank)
@@ -74,6 +75,7 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
     try:
         task = load_task(io.BytesIO(pack.common))
         config = load_config(io.BytesIO(run.config))
+        name_job(config, job_id())
         reseed(run.record.fingerprint)
         returned = call_task(task, config, run.directory, logs=str(own))
         returned.return_value  # noqa: B018 - raises what the task has raised
