@@ -75,12 +75,17 @@ class EndedBySignal(SystemExit):
 def install_sigterm_handler() -> None:
     """Turn SIGTERM into SystemExit, so that the task's ``finally`` blocks and exit handlers run.
 
-    In this process only: a worker that is forked off dies of the signal as it would in any
-    program, for an exception in the wrong place of it would be swallowed.
+    Once: what cleans up is not to be interrupted by the same signal from somebody else. And in
+    this process only: a worker that is forked off dies of the signal as it would in any program,
+    for an exception in the wrong place of it would be swallowed.
     """
+    ending = False
 
     def handle(number: int, _frame: object) -> None:
-        raise EndedBySignal(128 + number)
+        nonlocal ending
+        if not ending:
+            ending = True
+            raise EndedBySignal(128 + number)
 
     def back_to_default() -> None:
         if signal.getsignal(signal.SIGTERM) is handle:

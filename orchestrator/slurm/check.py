@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.slurm.submit import tasks_of
+from orchestrator.slurm.resources import tasks_of
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:

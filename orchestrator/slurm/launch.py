@@ -15,8 +15,9 @@ from orchestrator.queue.task import number_job
 from orchestrator.record import ErrorInfo, RunState
 from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.ledger import Ledgers
+from orchestrator.slurm.resources import Resources
 from orchestrator.slurm.states import collapse
-from orchestrator.slurm.submit import Asked, Resources, write_waiting
+from orchestrator.slurm.submit import Asked, write_waiting
 from orchestrator.slurm.watch import Waiting, Watcher
 from orchestrator.store import SWEEPS, RunDir
 from orchestrator.sweep.errors import SweepError

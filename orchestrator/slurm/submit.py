@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from omegaconf import OmegaConf
 
 from orchestrator.slurm.ledger import Job, Ledger, write_ledger
 from orchestrator.slurm.pack import ENDED, JobTime, Pack, PackedRun
+from orchestrator.slurm.resources import tasks_of
 from orchestrator.slurm.start import pack_file
 from orchestrator.store import RunLock, write_atomic
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from omegaconf import DictConfig
 
     from orchestrator.queue.plan import Plan
     from orchestrator.queue.settings import QueueSettings
@@ -36,34 +34,6 @@ if TYPE_CHECKING:
     from orchestrator.store import RunDir
     from orchestrator.sweeps import Sweep
 
-# Keys of the launcher that go to submitit as they are.
-RESOURCES = (
-    "timeout_min",
-    "cpus_per_task",
-    "gpus_per_node",
-    "tasks_per_node",
-    "mem_gb",
-    "nodes",
-    "name",
-    "partition",
-    "qos",
-    "account",
-    "constraint",
-    "exclude",
-    "nodelist",
-    "gres",
-    "cpus_per_gpu",
-    "gpus_per_task",
-    "mem_per_gpu",
-    "mem_per_cpu",
-    "comment",
-    "additional_parameters",
-    "setup",
-    "teardown",
-    "srun_args",
-    "stderr_to_stdout",
-    "signal_delay_s",
-)
 # A task that fails ends the others of its job, which would wait for it for ever.
 _END_TOGETHER = "--kill-on-bad-exit=1"
 
@@ -76,52 +46,6 @@ class Asked:
     record: RunRecord
     config: bytes
     resources: dict[str, Any]
-
-
-class Resources:
-    """What each run's job asks Slurm for.
-
-    Args:
-        settings: the launcher's.
-        raw: the same with its interpolations: these are looked up in each run's own config.
-    """
-
-    def __init__(self, settings: SlurmSettings, raw: dict[str, Any]) -> None:
-        self._common = {key: getattr(settings, key) for key in RESOURCES}
-        self._varying = [key for key in RESOURCES if "${" in json.dumps(raw.get(key), default=str)]
-
-    def of(self, config: DictConfig) -> dict[str, Any]:
-        """The resources of one run; its whole config is asked where they may differ."""
-        own = {
-            key: _plain(OmegaConf.select(config, f"hydra.launcher.{key}", throw_on_missing=True))
-            for key in self._varying
-        }
-        resources = {**self._common, **own}
-        check_text(resources)
-        return resources
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def check_text(resources: dict[str, Any]) -> None:
-    """Refuse text that would end a line of the batch script.
-
-    Raises:
-        SweepError: a value has a line end, or is not what sbatch could take.
-    """
-    extra = resources.get("additional_parameters") or {}
-    for key, value in [*resources.items(), *extra.items()]:
-        if key in ("setup", "teardown", "srun_args", "additional_parameters"):
-            continue
-        if isinstance(value, str) and not value.isprintable():
-            expected = "text in one line, without control characters"
-            raise SweepError(f"hydra.launcher.{key} is {value!r}; expected {expected}.")
-
-
-def tasks_of(resources: dict[str, Any]) -> int:
-    return int(resources["nodes"] or 1) * int(resources["tasks_per_node"] or 1)
 
 
 def packs(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
@@ -251,7 +175,7 @@ class Submitter:
         command = f"{python} -u -m orchestrator.slurm.start {shlex.quote(stem)}"
         try:
             # (submitit prints what sbatch says; it is in the error, too.)
-            with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()), _outside_of_jobs():
                 job_id = _submit(self.folder, parameters, command, len(chosen))
         except (FailedJobError, FailedSubmissionError) as error:
             raise SweepError(_refusal(error)) from error
@@ -325,6 +249,23 @@ def _submit(folder: str, parameters: dict[str, Any], command: str, count: int) -
     if count > 1:
         executor.parameters["map_count"] = count
     return str(executor._submit_command(command).job_id)  # noqa: SLF001
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Submit as if from a login node: a job inherits what another Slurm job has in its environment.
+
+    What configures Slurm's tools (``SLURM_CONF``) stays.
+    """
+    keep = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER")
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("SLURM_", "SLURMD_", "PMI_", "PMIX_")) and name not in keep:
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def sys_executable() -> str:

@@ -96,6 +96,10 @@ class Watcher:
     ) -> None:
         self._client = client
         self._left = {run.plan.index: run for run in waiting}
+        # Where their reports come, by the file's name.
+        self._reports: dict[Path, dict[str, Waiting]] = defaultdict(dict)
+        for run in self._left.values():
+            self._reports[run.ended_file.parent][run.ended_file.name] = run
         self._answers = answers
         self._progress = progress
         self._limit = limit
@@ -156,10 +160,7 @@ class Watcher:
     # --- what jobs report ---
 
     def _take_reports(self) -> None:
-        by_directory: dict[Path, dict[str, Waiting]] = defaultdict(dict)
-        for run in self._left.values():
-            by_directory[run.ended_file.parent][run.ended_file.name] = run
-        for directory, runs in by_directory.items():
+        for directory, runs in self._reports.items():
             for name in _names(directory):
                 if name in runs:
                     self._take_report(runs[name])
@@ -178,6 +179,7 @@ class Watcher:
         with contextlib.suppress(OSError):
             run.ended_file.unlink()
         self._left.pop(run.plan.index, None)
+        self._reports[run.ended_file.parent].pop(run.ended_file.name, None)
         if ended.skipped:
             self._progress.running.pop(run.plan.index, None)
             self._answers.take_recorded(run.plan, ended.record)

@@ -34,7 +34,9 @@ class PackSignals(StopSignals):
         super().__init__()
         self.warned = False
         self._job = job
-        self._began = float(os.environ.get("SLURM_JOB_START_TIME") or time.time())
+        # (A limit that was changed while the job ran is known to newer versions of Slurm.)
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._end = float(end) if end.isdecimal() else time.time() + job.limit_s
 
     @property
     def told(self) -> bool:
@@ -44,9 +46,8 @@ class PackSignals(StopSignals):
     @property
     def timed_out(self) -> bool:
         """Whether it is the job's own time that is up; else it was preempted, or cancelled."""
-        ran = time.time() - self._began
         ahead = self._job.signal_delay_s if self.warned else 0.0
-        return self.told and ran + ahead + _SLACK_S >= self._job.limit_s
+        return self.told and time.time() + ahead + _SLACK_S >= self._end
 
     @property
     def reason(self) -> str:  # type: ignore[override]
