@@ -1,6 +1,7 @@
-"""``orchestrator-status``: where every run stands. Reads run directories, writes nothing.
+"""``orchestrator-status``: where every run stands. Reads run directories, and asks Slurm.
 
-Its commands (pause, drain, resume) are in `orchestrator.cli.control`.
+It writes nothing but the final state of the dead. Its commands are in `orchestrator.cli.control`
+(pause, drain, resume) and `orchestrator.cli.stop`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.output import duration, plural, print_table, reported_errors
+from orchestrator.cli.output import duration, plural, print_table, printable, reported_errors
 
 if TYPE_CHECKING:
     from orchestrator.results.status import RunStatus
@@ -33,7 +34,9 @@ _COMMANDS = {
     "pause": "Start no new run, on a GPU or at all.",
     "drain": "Let what runs end, and start nothing new.",
     "resume": "Take back what pause and drain said.",
+    "stop": "End a sweep, here or on a cluster.",
 }
+_MODULES = {"stop": "orchestrator.cli.stop"}
 
 
 class _Listing(click.Group):
@@ -53,9 +56,8 @@ class _Listing(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(
-            importlib.import_module("orchestrator.cli.control"), cmd_name
-        )
+        module = importlib.import_module(_MODULES.get(cmd_name, "orchestrator.cli.control"))
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def make_context(
@@ -102,7 +104,11 @@ def main(directory: str, states: tuple[str, ...], name: str | None, as_json: boo
     Shows each run's state, device, process, time, last logged metrics and error, then
     how many are in each state. Running runs come first, then LOST (the process is gone
     and left no outcome), FAILED, TIMEOUT, UNREADABLE (a run.json that is not one of
-    ours), CANCELLED, PENDING, and COMPLETED last. Nothing is written.
+    ours), CANCELLED, PENDING, and COMPLETED last.
+
+    Slurm is asked about runs that were given to it: they are shown with their job and its
+    node, or what it waits for, as in (Priority). Nothing is written but the final state of
+    those whose job is gone and, once, what accounting says that they used.
 
     The commands below speak to a sweep that runs; where the first word is the name of one,
     it means the command (a directory of that name is ./pause).
@@ -122,45 +128,61 @@ def main(directory: str, states: tuple[str, ...], name: str | None, as_json: boo
 def _show(directory: str, states: tuple[str, ...], name: str | None, *, as_json: bool) -> None:
     import time
 
+    from orchestrator.cli import slurm_runs
     from orchestrator.results import status
     from orchestrator.results.reading import read_runs, require_any
 
     reading = read_runs([directory])
     if not reading.unreadable:
         require_any(reading, [directory])
-    everything = status.run_statuses(reading, time.time())
-    shown = status.select(everything, states, name)
+    asked = slurm_runs.ask(reading)
+    everything = status.run_statuses(reading, time.time(), asked.placed)
+    _print_all(status.select(everything, states, name), len(everything), as_json=as_json)
+    for note in asked.notes:
+        click.echo(printable(note, limit=None), err=True)
+    slurm_runs.account(asked, reading, directory)
+
+
+def _print_all(shown: list[RunStatus], total: int, *, as_json: bool) -> None:
+    from orchestrator.results import status
+
     if as_json:
         click.echo(status.as_json(shown))
         return
     if shown:
         _print(shown)
     counts = ", ".join(f"{count} {state}" for state, count in status.counts(shown).items())
-    if len(shown) == len(everything):
+    if len(shown) == total:
         click.echo(f"{plural(len(shown), 'run')}: {counts}")
     else:
-        click.echo(f"{len(shown)} of {plural(len(everything), 'run')}: {counts or 'none match'}")
+        click.echo(f"{len(shown)} of {plural(total, 'run')}: {counts or 'none match'}")
 
 
 def _print(statuses: list[RunStatus]) -> None:
-    headers = ["run", "state", "device", "pid", "elapsed", "last metrics", "error"]
-    rows = [_cells(status) for status in statuses]
+    headers = list(_cells(statuses[0]))
+    if not any(status.slurm_job_id for status in statuses):
+        headers.remove("job")
     if not any(status.error for status in statuses):
-        headers, rows = headers[:-1], [row[:-1] for row in rows]
-    print_table(headers, rows, right={3, 4}, wide={5, 6})
+        headers.remove("error")
+    cells = [_cells(status) for status in statuses]
+    rows = [[row[header] for header in headers] for row in cells]
+    right = {headers.index("pid"), headers.index("elapsed")}
+    wide = {headers.index(name) for name in ("last metrics", "error") if name in headers}
+    print_table(headers, rows, right, wide)
     click.echo()
 
 
-def _cells(status: RunStatus) -> list[str]:
-    return [
-        status.name if status.directory == "." else status.directory,
-        status.state,
-        status.device,
-        "-" if status.pid is None else str(status.pid),
-        duration(status.elapsed_seconds),
-        _metrics(status),
-        status.error or "",
-    ]
+def _cells(status: RunStatus) -> dict[str, str]:
+    return {
+        "run": status.name if status.directory == "." else status.directory,
+        "state": status.state,
+        "job": status.slurm_job_id or "-",
+        "device": status.device,
+        "pid": "-" if status.pid is None else str(status.pid),
+        "elapsed": duration(status.elapsed_seconds),
+        "last metrics": _metrics(status),
+        "error": status.error or "",
+    }
 
 
 def _metrics(status: RunStatus) -> str:

@@ -48,6 +48,7 @@ _FIELDS: dict[str, tuple[Any, Callable[[FoundRun], Any]]] = {
     "duration_seconds": (pl.Float64, lambda run: run.record.duration_seconds),
     "peak_gpu_memory_gb": (pl.Float64, lambda run: run.record.peak_gpu_memory_gb),
     "gpu_seconds": (pl.Float64, lambda run: run.record.gpu_seconds),
+    "core_seconds": (pl.Float64, lambda run: run.record.core_seconds),
     "gpu_utilization": (pl.Float64, lambda run: run.record.gpu_utilization),
     "n_attempts": (pl.Int64, lambda run: len(run.record.attempts) + 1),
     "error_type": (pl.String, lambda run: run.record.error and run.record.error.type),

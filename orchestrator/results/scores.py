@@ -23,7 +23,13 @@ METRIC_PREFIX = "metrics."
 RETURN_PREFIX = "return."
 RETURN_VALUE = "return_value"
 # Fields of the record that are numbers worth comparing, though never chosen unasked.
-MEASURED_FIELDS = ("duration_seconds", "peak_gpu_memory_gb", "gpu_seconds", "gpu_utilization")
+MEASURED_FIELDS = (
+    "duration_seconds",
+    "peak_gpu_memory_gb",
+    "gpu_seconds",
+    "core_seconds",
+    "gpu_utilization",
+)
 
 _LOWER_IS_BETTER = re.compile(
     r"loss|losses|err|errors?|nll|mse|rmse|mae|perplexity|ppl|bpb|regret|costs?|wer|cer|fid"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from orchestrator.record import RunState, to_plain
 from orchestrator.results.curves import last_step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from orchestrator.results.reading import FoundRun, Reading, Unreadable
 
@@ -31,6 +33,15 @@ ORDER = (
 )
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where a cluster has a run: its job, the node of the job, or what the job waits for."""
+
+    job_id: str = ""
+    node: str = ""
+    reason: str = ""
+
+
 class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One run as ``orchestrator-status`` shows it. Seconds; times since the epoch."""
 
@@ -45,32 +56,55 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_seconds: float | None = None
     # The last line of the curve; NaN and infinity as the words that JSON can hold.
     metrics: dict[str, Any] | None = None
+    # On a cluster: its job, where that is, and why it waits.
+    slurm_job_id: str = ""
+    node: str = ""
+    reason: str = ""
     # A failed run's error, or why a record cannot be read.
     error: str | None = None
 
     @property
     def device(self) -> str:
-        """The GPUs in short, ``cpu``, or ``-`` while none is assigned."""
+        """The node and the GPUs in short, ``cpu``, or ``-`` while none is assigned.
+
+        In brackets what a run on a cluster waits for, or the node of a job that has begun.
+        """
+        if self.state == RunState.PENDING.value and (self.reason or self.node):
+            return f"({self.reason or f'on {self.node}'})"
+        return f"{self.node} {self._gpus}".strip()
+
+    @property
+    def _gpus(self) -> str:
         uuids = ",".join(uuid[:12] for uuid in self.gpu_uuids)
         if self.gpu_id is not None or uuids:
             number = "" if self.gpu_id is None else str(self.gpu_id)
-            return " ".join(part for part in (number, uuids) if part)
-        return "-" if self.state in (RunState.PENDING.value, UNREADABLE) else "cpu"
+            # (Where there is no NVML a number is all that a GPU is known by.)
+            return " ".join(part for part in dict.fromkeys((number, uuids)) if part)
+        never_began = self.state == RunState.CANCELLED.value and self.started_at is None
+        waits = self.state in (RunState.PENDING.value, UNREADABLE)
+        return "-" if waits or never_began else "cpu"
 
 
-def run_statuses(reading: Reading, now: float) -> list[RunStatus]:
+def run_statuses(
+    reading: Reading, now: float, placed: Mapping[Path, Placed] | None = None
+) -> list[RunStatus]:
     """Every run's status: running first, then what went wrong, completed last.
 
     Args:
         reading: what was found.
         now: seconds since the epoch; a running run's time is counted until then.
+        placed: where a cluster has runs, by their directories.
     """
-    found = [_status(run, now) for run in reading.runs]
+    on_cluster = placed or {}
+    found = [_status(run, now, on_cluster.get(run.files.path, _NOWHERE)) for run in reading.runs]
     found += [_unreadable(run) for run in reading.unreadable]
     return sorted(found, key=lambda status: (ORDER.index(status.state), status.directory))
 
 
-def _status(run: FoundRun, now: float) -> RunStatus:
+_NOWHERE = Placed()
+
+
+def _status(run: FoundRun, now: float, placed: Placed) -> RunStatus:
     record = run.record
     return RunStatus(
         directory=run.directory,
@@ -83,6 +117,9 @@ def _status(run: FoundRun, now: float) -> RunStatus:
         started_at=record.started_at,
         elapsed_seconds=_elapsed(run, now),
         metrics=last_step(run.files.metrics),
+        slurm_job_id=placed.job_id or record.slurm_job_id,
+        node=placed.node,
+        reason=placed.reason,
         error=error_line(run),
     )
 

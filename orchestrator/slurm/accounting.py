@@ -47,10 +47,14 @@ class Accounted(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class _Open:
-    """A job that has not been accounted for, and those of its runs that this sweep has ended."""
+    """A job that has not been accounted for, and those of its runs that are still this sweep's."""
 
     job: Job
     runs: Mapping[int, tuple[RunDir, RunRecord]]
+
+    @property
+    def has_ended(self) -> bool:
+        return all(record.state.is_final for _, record in self.runs.values())
 
     @property
     def began(self) -> bool:
@@ -117,31 +121,54 @@ def account(
     if ledger is None:
         return 0
     done = _done(_read(sweep_dir))
-    asked = _open_jobs(sweep_dir, ledger, done, runs)
-    if not asked:
+    found = _open_jobs(sweep_dir, ledger, done, runs)
+    if not found:
         return 0
-    used = _usage(asked, client, ledger.submitted_at, clock() + patience_s, clock, sleep)
+    asked = [job for job in found if job.runs and job.has_ended]
+    # (What another sweep does again is that one's.)
+    done |= {job.job.id for job in found if not job.runs}
+    if not asked:
+        _write(sweep_dir, done, 0.0)
+        return 0
+    patient_until = clock() + patience_s
+
+    def wait() -> bool:
+        if clock() < patient_until:
+            sleep(_LOOK_S)
+        return clock() < patient_until
+
+    used, is_there = _usage(asked, client, ledger.submitted_at, wait)
     until = clock() + limit_s
+    changed = _enter_all(asked, used, done, lambda: clock() < until)
+    if is_there:
+        done |= {job.job.id for job in asked if job.job.id not in used and _is_hopeless(job)}
+    left = any(job.job.id not in done for job in asked)
+    late = 0.0 if clock() >= until else _SOON_S if is_there else _LATER_S
+    _write(sweep_dir, done, time.time() + late if left else 0.0)
+    return changed
+
+
+def _enter_all(
+    asked: Iterable[_Open],
+    used: Mapping[str, Usage],
+    done: set[str],
+    in_time: Callable[[], bool],
+) -> int:
+    """Write what jobs have used into their runs' records; how many records were changed."""
     changed = 0
     for job in asked:
-        found = used.get(job.job.id)
-        if found is not None and clock() < until:
-            entered = _enter(job, found)
+        if job.job.id in used and in_time():
+            entered = _enter(job, used[job.job.id])
             changed += sum(entered.values())
             if entered.keys() == job.runs.keys():
                 done.add(job.job.id)
-    if used:
-        done |= {job.job.id for job in asked if job.job.id not in used and _is_hopeless(job)}
-    left = any(job.job.id not in done for job in asked)
-    late = 0.0 if clock() >= until else _SOON_S if used else _LATER_S
-    _write(sweep_dir, done, time.time() + late if left else 0.0)
     return changed
 
 
 def _open_jobs(
     sweep_dir: Path, ledger: Ledger, done: set[str], runs: Iterable[RunDir] | None
 ) -> list[_Open]:
-    """Jobs that are not accounted for and have ended, as far as the runs' records tell."""
+    """Jobs that are not accounted for."""
     jobs = [job for job in ledger.jobs if job.id not in done]
     if not jobs:
         return []
@@ -151,12 +178,7 @@ def _open_jobs(
         record = run.try_read()
         if record is not None and record.sweep_id == sweep_dir.name and record.index in wanted:
             found[record.index] = (run, record)
-    open_jobs = [_Open(job, {num: found[num] for num in job.runs if num in found}) for job in jobs]
-    return [
-        job
-        for job in open_jobs
-        if job.runs and all(record.state.is_final for _, record in job.runs.values())
-    ]
+    return [_Open(job, {num: found[num] for num in job.runs if num in found}) for job in jobs]
 
 
 class _SweepRuns(msgspec.Struct):
@@ -173,23 +195,18 @@ def _runs_of(sweep_dir: Path) -> list[RunDir]:
 
 
 def _usage(
-    asked: list[_Open],
-    client: SlurmClient,
-    since: float,
-    until: float,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
-) -> dict[str, Usage]:
-    """What the jobs that have ended, by accounting, have used."""
+    asked: list[_Open], client: SlurmClient, since: float, wait: Callable[[], bool]
+) -> tuple[dict[str, Usage], bool]:
+    """What the jobs that have ended, by accounting, have used; and whether it knows any of all."""
     ids = {job.job.id for job in asked}
-    ended = set(client.ended(ids, since))
-    late = {job.job.id for job in asked if job.began} - ended
-    # (It is no use to wait where there is no accounting.)
-    while late and clock() < until and client.usage(ids, since):
-        sleep(_LOOK_S)
-        ended |= set(client.ended(late, since))
-        late -= ended
-    return client.usage(ended, since) if ended else {}
+    late = {job.job.id for job in asked if job.began}
+    while True:
+        # (In this order: what has ended uses no more.)
+        ended = client.ended(ids, since)
+        known = client.usage(ids, since)
+        # (It is no use to wait where there is no accounting.)
+        if not known or late <= ended.keys() or not wait():
+            return {job: used for job, used in known.items() if job in ended}, bool(known)
 
 
 def _enter(job: _Open, used: Usage) -> dict[int, bool]:

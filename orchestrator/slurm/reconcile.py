@@ -18,7 +18,7 @@ from orchestrator.processes import hostname
 from orchestrator.record import RunState
 from orchestrator.slurm.ledger import LEDGER, read_ledger
 from orchestrator.slurm.settle import ended_as
-from orchestrator.slurm.states import Seen
+from orchestrator.slurm.states import Seen, base_of
 from orchestrator.store import RunLock, last_metrics, observed_state
 
 if TYPE_CHECKING:
@@ -209,13 +209,15 @@ def _ends(
     if nowhere:
         since = min(run.submitted_at for run in nowhere)
         accounted = client.ended({run.job_id for run in nowhere}, since)
+    # Slurm knows an array as a whole: a task that it does not name among the others is gone.
+    arrays = {base_of(job) for job in seen}
     ends: dict[Path, Seen | None] = {}
     for run in over:
         if said := seen.get(run.job_id) or accounted.get(run.job_id):
             ends[run.run.path] = said
         elif run.job_id in cancelled:
             ends[run.run.path] = _CANCELLED
-        elif now - run.entered_at >= _NOWHERE_S:
+        elif base_of(run.job_id) in arrays or now - run.entered_at >= _NOWHERE_S:
             ends[run.run.path] = None
     return ends
 

@@ -72,6 +72,7 @@ def test_a_run_is_a_row_with_every_field(found):
         "duration_seconds": 1.5,
         "peak_gpu_memory_gb": 2.5,
         "gpu_seconds": None,
+        "core_seconds": None,
         "gpu_utilization": None,
         "n_attempts": 2,
         "error_type": "ValueError",
