@@ -36,8 +36,10 @@ RECORD = "run.json"
 CLAIM = ".claim"
 SWEEPS = ".sweeps"
 ATTEMPTS = "attempts"
+# Logs and curves of a run's further ranks, where it has several.
+RANKS = "ranks"
 # What an earlier attempt leaves behind and a later one writes anew.
-_ATTEMPT_FILES = (RECORD, "train_stdout.log", "train_stderr.log", "metrics.jsonl")
+_ATTEMPT_FILES = (RECORD, "train_stdout.log", "train_stderr.log", "metrics.jsonl", RANKS)
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,16 @@ class RunDir:
         """Replace the record atomically; a final state is on the disk before this returns."""
         write_atomic(self.record, encode(record), durable=record.state.is_final)
 
-    def begin_attempt(self) -> tuple[Attempt, ...]:
+    def begin_attempt(self, keep: Collection[str] = ()) -> tuple[Attempt, ...]:
         """Make room for another attempt; the caller holds the lock.
 
         What the last one left moves to ``attempts/<n>/``. A finished run that is done again
         starts in an empty directory; after a failure checkpoints and arrays stay where a
         task that resumes will look for them, and where it has said that its state is saved
         (`orchestrator.Preempted`) its curve goes on, too.
+
+        Args:
+            keep: names of what stays in any case.
 
         Returns:
             All attempts so far, for the new record.
@@ -114,7 +119,7 @@ class RunDir:
         whole = earlier is not None and earlier.state is RunState.COMPLETED
         error = None if earlier is None else earlier.error
         goes_on = error is not None and error.type == PREEMPTED
-        self.set_aside(whole=whole, but=(self.metrics.name,) if goes_on else ())
+        self.set_aside(whole=whole, but=(*keep, *((self.metrics.name,) if goes_on else ())))
         return () if earlier is None else earlier.with_last_attempt()
 
     def set_aside(self, *, whole: bool, but: Collection[str] = ()) -> None:

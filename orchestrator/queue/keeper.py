@@ -39,7 +39,7 @@ from orchestrator.queue.wire import (
     unpack,
 )
 from orchestrator.record import ErrorInfo, RunRecord, RunState
-from orchestrator.store import RunDir, RunLock, last_metrics
+from orchestrator.store import RANKS, RunDir, RunLock, last_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,7 +168,8 @@ class Keeper:
         if earlier is not None and self._request.resume and self._is_done(earlier):
             self._send(Ended(earlier, skipped=True))
             return
-        attempts = self._run.begin_attempt()
+        # (The other ranks of a Slurm job may be at work already.)
+        attempts = self._run.begin_attempt((RANKS,) if self._request.in_allocation else ())
         self._record = msgspec.structs.replace(self._record, attempts=attempts)
         self._run.write(self._record)
         record, tree = self._work(body)

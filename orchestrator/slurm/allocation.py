@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orchestrator.queue.resources import cores, has_driver
+from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,11 +44,27 @@ def allocated_cores(environ: Mapping[str, str] = os.environ) -> int:
     return max(1, given)
 
 
+def _check_given(settings: QueueSettings, given: str | None) -> None:
+    """Without NVML nobody else sees that GPUs are named which Slurm has not given."""
+    if settings.gpus == "auto" or not given:
+        return
+    named = [settings.gpus] if isinstance(settings.gpus, (str, int)) else list(settings.gpus)
+    others = [str(gpu) for gpu in named if str(gpu) not in given.split(",")]
+    if others:
+        msg = (
+            f"hydra.launcher.queue.gpus names {', '.join(others)}; Slurm has given the job {given}"
+        )
+        raise SweepError(f"{msg}. Leave it out, or name some of these.")
+
+
 def queue_settings(pack: Pack, environ: Mapping[str, str] = os.environ) -> QueueSettings:
     """The settings of the local queue, for what the job was given.
 
     GPUs that Slurm has not given are left alone, although NVML may show them. No leases: Slurm
     has seen to it that nobody else is there.
+
+    Raises:
+        SweepError: the settings name GPUs that the job was not given.
     """
     settings = replace(pack.settings, leases=False)
     settings.kill_grace_s = min(settings.kill_grace_s, pack.time.kill_wait_s * _GRACE_SHARE)
@@ -55,6 +72,7 @@ def queue_settings(pack: Pack, environ: Mapping[str, str] = os.environ) -> Queue
         settings.gpus = []
     elif not has_driver():
         settings.monitor = False
+        _check_given(settings, environ.get("CUDA_VISIBLE_DEVICES"))
     if not pack.shared:
         settings.max_processes = 1
     elif settings.max_processes is None and not settings.gpus:

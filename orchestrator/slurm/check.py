@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.queue.needs import Needs
+from orchestrator.queue.resources import check_settings
+from orchestrator.queue.retry import RetryPolicy
+from orchestrator.queue.start_method import choose
 from orchestrator.slurm.resources import tasks_of
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from omegaconf import DictConfig
 
+    from orchestrator.queue.settings import QueueSettings
     from orchestrator.slurm.settings import SlurmSettings
 
 _GRID = "hydra_plugins.hydra_orchestrator.grid_sweeper."
 _ON_INTERRUPT = ("cancel", "leave")
+
+
+def check_queue(settings: QueueSettings, raw: Mapping[str, Any]) -> None:
+    """Refuse settings of the jobs' local queue that no job could meet.
+
+    Raises:
+        SweepError: what a setting is, and what it should be.
+    """
+    try:
+        check_settings(settings)
+        choose(settings.start_method)
+        RetryPolicy(settings.retries, settings.retry_on)
+        Needs(settings, raw, "hydra.launcher.queue")
+    except SweepError as error:
+        text = str(error).replace("hydra.launcher.", "hydra.launcher.queue.")
+        raise SweepError(text) from error
 
 
 def check(settings: SlurmSettings, config: DictConfig) -> None:

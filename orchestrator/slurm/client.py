@@ -55,6 +55,7 @@ class Limits:
         kill_wait_s: seconds between SIGTERM and SIGKILL.
         version: of Slurm; empty where it is unknown.
         requeue: whether jobs may be put back into the queue where sbatch is not told otherwise.
+        cluster: its name; empty where it is unknown.
         min_job_age_s: seconds for which squeue knows jobs that ended; 0 is for ever.
     """
 
@@ -62,6 +63,7 @@ class Limits:
     kill_wait_s: float = 30.0
     version: str = ""
     requeue: bool = True
+    cluster: str = ""
     min_job_age_s: float = 300.0
 
 
@@ -371,6 +373,7 @@ def _read_limits(text: str) -> Limits:
         kill_wait_s=_number(found.get("KillWait"), default.kill_wait_s),
         version=found.get("SLURM_VERSION", ""),
         requeue=_number(found.get("JobRequeue"), default.requeue) != 0,
+        cluster=found.get("ClusterName", ""),
         min_job_age_s=_number(found.get("MinJobAge"), default.min_job_age_s),
     )
 

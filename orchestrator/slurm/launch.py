@@ -13,9 +13,11 @@ from orchestrator.queue.book import counts
 from orchestrator.queue.context import nobody_listens
 from orchestrator.queue.task import number_job
 from orchestrator.record import ErrorInfo, RunState
+from orchestrator.slurm.accounting import account
 from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.ledger import Ledgers
 from orchestrator.slurm.resources import Resources
+from orchestrator.slurm.settle import was_cut_short
 from orchestrator.slurm.states import collapse
 from orchestrator.slurm.submit import Asked, write_waiting
 from orchestrator.slurm.watch import Waiting, Watcher
@@ -45,6 +47,10 @@ if TYPE_CHECKING:
 # How long the last of the cancelled jobs may take to be gone, beside the time that Slurm gives
 # their processes.
 _CANCEL_S = 20.0
+# How long accounting is given to hear of the last job, at most, and as a share of the sweep;
+# orchestrator-status asks later, too.
+_ACCOUNTING_S = 2.0
+_ACCOUNTING_SHARE = 0.02
 
 
 @dataclass(eq=False)
@@ -89,7 +95,12 @@ class SlurmLaunch:
         plans = list(self._plan(signals))
         self._find_under_way(plans)
         known = {run.plan.index for run in self.waiting}
-        asked = list(self._ask([p for p in plans if p.index not in known], signals))
+        missing = [
+            plan
+            for plan in plans
+            if plan.index not in known and self.answers.returns[plan.index] is None
+        ]
+        asked = list(self._ask(missing, signals))
         refused = self._submit(asked, signals)
         if not self.settings.wait and not signals.received:
             self._leave()
@@ -130,11 +141,13 @@ class SlurmLaunch:
         found = []
         for plan in plans:
             record = RunDir(plan.directory).try_read()
-            if record is None or record.state.is_final:
+            if record is None or (record.state.is_final and not was_cut_short(record)):
                 continue
             job_id = ledgers.job_of(record.sweep_id, record.index)
             ledger = ledgers.of(record.sweep_id)
             if job_id and ledger is not None and record.fingerprint == plan.who.fingerprint:
+                if self._is_elsewhere(plan, ledger.cluster):
+                    continue
                 directory = self.planner.sweep_dir / SWEEPS / record.sweep_id
                 found.append(Waiting(plan, record, job_id, directory, ledger.submitted_at))
         seen = self.client.poll({run.job_id for run in found}) if found else {}
@@ -145,6 +158,18 @@ class SlurmLaunch:
             jobs = " ".join(collapse(run.job_id for run in self.waiting))
             count = plural(len(self.waiting), "run")
             self.progress.say(f"{count} under way already, in Slurm's {jobs}.")
+
+    def _is_elsewhere(self, plan: Plan, cluster: str) -> bool:
+        """Whether another cluster, which cannot be asked here, has a run; its point is answered."""
+        here = self.submitter.ledger.cluster
+        if not cluster or not here or cluster == here:
+            return False
+        error = SweepError(
+            f"{plan.directory} was submitted on the cluster {cluster!r}, and this is {here!r}: "
+            f"type it there; or there, orchestrator-status stop {self.sweep.root}."
+        )
+        self._cannot_start(plan.index, plan.num, plan.overrides, error)
+        return True
 
     def _ask(self, plans: Sequence[Plan], signals: StopSignals) -> Iterator[Asked]:
         """Compose each run once and for all, and write the record of its waiting."""
@@ -197,6 +222,7 @@ class SlurmLaunch:
             ids = list(dict.fromkeys(run.job_id for run in new))
             what = f"{plural(len(new), 'run')} in {plural(len(ids), 'job')}"
             self.progress.say(f"Submitted {what} to Slurm: {' '.join(collapse(ids))}.")
+            self.sweep.write()
         return refused
 
     def _drop(self, asked: Sequence[Asked], refused: SweepError | None, *, say: bool) -> None:
@@ -220,11 +246,9 @@ class SlurmLaunch:
         """Return without waiting: each run's JobReturn says that it is submitted."""
         for run in self.waiting:
             self.answers.leave(run.plan)
-        self.sweep.write()
+        self.book.close(self.progress, self.answers, complete=False)
         if self.waiting:
             self.progress.say(_how_to_follow(self.sweep.root))
-        elif self.progress.skipped:
-            self.book.close(self.progress, self.answers, complete=True)
 
     def _wait(self, signals: StopSignals) -> None:
         watcher = Watcher(
@@ -243,6 +267,8 @@ class SlurmLaunch:
             self._interrupted(watcher, signals)
         results = self.book.close(self.progress, self.answers, complete=True)
         self.progress.say(f"All runs ended ({counts(self.progress)}). {results}")
+        patience = min(_ACCOUNTING_S, self.progress.elapsed_seconds() * _ACCOUNTING_SHARE)
+        account(self.sweep.directory, self.client, patience_s=patience, limit_s=_ACCOUNTING_S)
 
     def _interrupted(self, watcher: Watcher, signals: StopSignals) -> None:
         """Cancel the jobs, or leave them, and end the program."""

@@ -9,11 +9,10 @@ from omegaconf import OmegaConf
 from orchestrator.queue.book import SweepBook
 from orchestrator.queue.plan import Planner
 from orchestrator.queue.progress import SettingsCount, make_progress
-from orchestrator.queue.resources import check_settings
 from orchestrator.queue.retry import FailureLimit
 from orchestrator.queue.signals import StopSignals
 from orchestrator.queue.task import Task
-from orchestrator.slurm.check import check
+from orchestrator.slurm.check import check, check_queue
 from orchestrator.slurm.client import SlurmClient, SlurmUnreachable
 from orchestrator.slurm.launch import SlurmLaunch
 from orchestrator.slurm.submit import Submitter
@@ -84,7 +83,7 @@ class SlurmLaunches:
 
     def _launch(self, job_overrides: Sequence[Sequence[str]], first_num: int) -> list[JobReturn]:
         check(self._settings, self._config)
-        check_settings(self._settings.queue)
+        check_queue(self._settings.queue, self._raw.get("queue") or {})
         limit = FailureLimit(self._planner.results.on_failure)
         if self._settings.dry_run:
             return self._show(job_overrides, first_num)

@@ -28,6 +28,8 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
     schema_version: int = SCHEMA_VERSION
     # Seconds since the epoch; accounting is asked for what came after.
     submitted_at: float = 0.0
+    # Another cluster on the same file system means other jobs by the same ids; empty: not known.
+    cluster: str = ""
     # Where submitit keeps scripts, pickles and logs of the jobs.
     folder: str = ""
     jobs: tuple[Job, ...] = ()

@@ -122,13 +122,21 @@ class PackPlanner:
 
 
 class NoBook:
-    """The sweep's own files are the launcher's to write."""
+    """The sweep's own files are the launcher's to write.
 
-    def __init__(self, sweep_id: str) -> None:
+    Args:
+        sweep_id: of the sweep.
+        not_started: hears of runs that could not be started.
+    """
+
+    def __init__(self, sweep_id: str, not_started: Callable[[RunRecord], None]) -> None:
         self.sweep_id = sweep_id
+        self.add_unstarted = not_started
 
     def add_run(
         self, index: int, directory: Path, hyperparams: dict[str, Any] | None = None
-    ) -> None: ...
-    def add_unstarted(self, record: RunRecord) -> None: ...
-    def write_partial_now_and_then(self) -> None: ...
+    ) -> None:
+        """The launcher knows."""
+
+    def write_partial_now_and_then(self) -> None:
+        """The launcher does."""

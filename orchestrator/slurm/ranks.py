@@ -15,27 +15,26 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from orchestrator.record import PREEMPTED, ErrorInfo
-from orchestrator.store import RunDir, read_bytes, write_atomic
+from orchestrator.store import RANKS, RunDir, read_bytes, write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import NoReturn
 
     from orchestrator.slurm.pack import Pack
 
-RANKS = "ranks"
-_ERROR = "error.json"
-_DIED = "RankDied"
+_STATE = "rank.json"
 _LAST_WORDS_S = 1.5
 _PAUSE_S = 0.05
 
 
-class RankError(msgspec.Struct, frozen=True):
-    """How a rank failed, and in which Slurm job (and which start of it)."""
+class RankState(msgspec.Struct, frozen=True):
+    """How far a rank has come in one start of a Slurm job, and why it failed, if it has."""
 
-    job: str
+    start: str
     rank: int
-    error: ErrorInfo
+    ended: bool = False
+    error: ErrorInfo | None = None
 
 
 def own_rank(environ: Mapping[str, str] = os.environ) -> int:
@@ -63,8 +62,11 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
     run = pack.runs[0]
     own = rank_dir(Path(run.directory), rank)
     own.mkdir(parents=True, exist_ok=True)
-    # What is to be believed where nothing else is said.
-    _tell(own, rank, ErrorInfo(_DIED, "it was killed, or did not end when it was asked to"))
+    state = RankState(_this_start(), rank)
+    _tell(own, state)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    attempt = len(run.record.attempts) + 1 + restarts
+    os.environ[current_run.ATTEMPT_VARIABLE] = str(attempt)
     install_warning_handler()
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     install_sigterm_handler()
@@ -82,43 +84,61 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
     except BaseException as error:  # noqa: BLE001 - whatever it is, rank 0 is to hear of it
         if not isinstance(error, SystemExit) or error.code not in (0, None):
             traceback.print_exc()
-            _say_why(own, rank, error)
+            _tell(own, msgspec.structs.replace(state, ended=True, error=_own_error(error)))
             raise SystemExit(1) from None
-    (own / _ERROR).unlink(missing_ok=True)
+    _tell(own, msgspec.structs.replace(state, ended=True))
     sys.exit(0)
 
 
-def _say_why(own: Path, rank: int, error: BaseException) -> None:
-    if type(error).__name__ in ("EndedBySignal", PREEMPTED):  # as all others of the job
-        (own / _ERROR).unlink(missing_ok=True)
-    else:
-        _tell(own, rank, ErrorInfo.of(error))
+def _own_error(error: BaseException) -> ErrorInfo | None:
+    """What a rank has to say; nothing where all of them were asked to end."""
+    return None if type(error).__name__ in ("EndedBySignal", PREEMPTED) else ErrorInfo.of(error)
 
 
-def error_of_ranks(run: Path) -> ErrorInfo | None:
+def error_of_ranks(run: Path, until: Callable[[], bool] | None = None) -> ErrorInfo | None:
     """Why a run's rank has failed in this start of this job; None where none has.
 
-    Ranks that are asked to end take back what they left in case they die; they are given a
-    moment for it.
+    Args:
+        run: the run's directory.
+        until: where rank 0 has ended well, the others are waited for; until this is true.
+            Where it is not given, all have been asked to end: they are given a moment.
     """
     give_up = time.monotonic() + _LAST_WORDS_S
     while True:
-        errors = list(_errors(run))
-        said = [error for error in errors if error.error.type != _DIED]
-        if said or not errors or time.monotonic() > give_up:
+        states = list(_states(run))
+        failed = [state for state in states if state.error is not None]
+        silent = [state.rank for state in states if not state.ended]
+        missing = until is not None and len(states) < _tasks() - 1
+        if failed or not (silent or missing):
+            break
+        if until() if until is not None else time.monotonic() > give_up:
             break
         time.sleep(_PAUSE_S)
-    for found in said or errors:
-        message = f"in rank {found.rank}: {found.error.message} (see {rank_dir(run, found.rank)})"
-        return msgspec.structs.replace(found.error, message=message)
+    for state in failed:
+        assert state.error is not None
+        where = rank_dir(run, state.rank)
+        message = f"in rank {state.rank}: {state.error.message} (see {where})"
+        return msgspec.structs.replace(state.error, message=message)
+    if silent:
+        message = f"rank {silent[0]} was killed, or did not end when it was asked to"
+        return ErrorInfo("RankDied", f"{message} (see {rank_dir(run, silent[0])})")
     return None
 
 
-def _errors(run: Path) -> Iterator[RankError]:
-    for path in sorted((run / RANKS).glob(f"*/{_ERROR}")):
+def _tasks() -> int:
+    return int(os.environ.get("SLURM_NTASKS") or 1)
+
+
+def are_several() -> bool:
+    """Whether this job has further ranks."""
+    return "SLURM_STEP_ID" in os.environ and _tasks() > 1
+
+
+def _states(run: Path) -> Iterator[RankState]:
+    for path in sorted((run / RANKS).glob(f"*/{_STATE}")):
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            found = msgspec.json.decode(read_bytes(path), type=RankError)
-            if found.job == _this_start():
+            found = msgspec.json.decode(read_bytes(path), type=RankState)
+            if found.start == _this_start():
                 yield found
 
 
@@ -127,6 +147,6 @@ def _this_start() -> str:
     return f"{os.environ.get('SLURM_JOB_ID')}.{restarts}"
 
 
-def _tell(own: Path, rank: int, error: ErrorInfo) -> None:
+def _tell(own: Path, state: RankState) -> None:
     with contextlib.suppress(OSError):
-        write_atomic(own / _ERROR, msgspec.json.encode(RankError(_this_start(), rank, error)))
+        write_atomic(own / _STATE, msgspec.json.encode(state))

@@ -17,7 +17,7 @@ import msgspec
 from orchestrator.processes import hostname
 from orchestrator.record import RunState
 from orchestrator.slurm.ledger import LEDGER, read_ledger
-from orchestrator.slurm.settle import ended_as
+from orchestrator.slurm.settle import ended_as, was_cut_short
 from orchestrator.slurm.states import Seen, base_of
 from orchestrator.store import RunLock, last_metrics, observed_state
 
@@ -49,6 +49,7 @@ class Given:
         job_id: the job that does it; empty while there is none.
         submitted_at: since when its job may be known to accounting.
         entered_at: when the sweep last submitted anything.
+        cluster: whose job it is; empty where that is not known.
     """
 
     run: RunDir
@@ -57,6 +58,7 @@ class Given:
     job_id: str
     submitted_at: float
     entered_at: float
+    cluster: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def find_given(runs: Iterable[tuple[RunDir, RunRecord, Path]]) -> Findings:
     """
     by_sweep: dict[Path, list[tuple[RunDir, RunRecord]]] = {}
     for run, record, sweep_dir in runs:
-        if not record.state.is_final:
+        if not record.state.is_final or was_cut_short(record):
             by_sweep.setdefault(sweep_dir, []).append((run, record))
     given: list[Given] = []
     foreign = 0
@@ -128,9 +130,29 @@ def _of_sweep(sweep_dir: Path, runs: Sequence[tuple[RunDir, RunRecord]]) -> list
     jobs: dict[int | None, str] = {run: job.id for job in ledger.jobs for run in job.runs}
     entered_at = max(status.st_mtime, ledger.submitted_at)
     return [
-        Given(run, record, sweep_dir, jobs.get(record.index, ""), ledger.submitted_at, entered_at)
+        Given(
+            run,
+            record,
+            sweep_dir,
+            jobs.get(record.index, ""),
+            ledger.submitted_at,
+            entered_at,
+            ledger.cluster,
+        )
         for run, record in runs
     ]
+
+
+def of_this_cluster(given: Sequence[Given], client: SlurmClient) -> list[Given]:
+    """Runs whose jobs the Slurm that answers here knows; by the same ids another means others.
+
+    Raises:
+        SlurmUnreachable: Slurm could not be asked.
+    """
+    if not any(run.cluster for run in given):
+        return list(given)
+    here = client.limits().cluster
+    return [run for run in given if not here or run.cluster in ("", here)]
 
 
 def standings(
@@ -156,8 +178,12 @@ def standings(
     Raises:
         SlurmUnreachable: Slurm could not be asked; nothing was written.
     """
+    found = {
+        run.run.path: Standing(run.record, run.record.state, run.job_id, reason=f"on {run.cluster}")
+        for run in given
+    }
+    given = of_this_cluster(given, client)
     seen = client.poll(run.job_id for run in given if run.job_id)
-    found: dict[Path, Standing] = {}
     over = []
     for run in given:
         said = seen.get(run.job_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,9 @@ def settle(run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None) -> Run
     if lock is None:
         return None
     try:
+        # A directory that is opened is looked at anew by the clients of a file server.
+        with os.scandir(run.path):
+            pass
         found = run.try_read() or asked
         if (found.sweep_id, found.index) != (asked.sweep_id, asked.index):
             return None
@@ -53,6 +57,11 @@ def settle(run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None) -> Run
         return final
     finally:
         lock.release()
+
+
+def was_cut_short(record: RunRecord) -> bool:
+    """Whether a record says only that Slurm ended the job: Slurm may put it back into its queue."""
+    return record.error is not None and record.error.type == "SLURM_ENDED"
 
 
 def corrected(run: RunDir, record: RunRecord, job_id: str, seen: Seen | None) -> RunRecord:
@@ -66,8 +75,11 @@ def corrected(run: RunDir, record: RunRecord, job_id: str, seen: Seen | None) ->
         job_id: of the Slurm job.
         seen: what Slurm says of how the job ended.
     """
-    told = record.error is not None and record.error.type == "SLURM_ENDED"
-    if not told or seen is None or seen.state not in (RunState.LOST, RunState.TIMEOUT):
+    if (
+        not was_cut_short(record)
+        or seen is None
+        or seen.state not in (RunState.LOST, RunState.TIMEOUT)
+    ):
         return record
     error = ErrorInfo(_TYPES[seen.state], _sentence(record, job_id, seen))
     better = msgspec.structs.replace(record, state=seen.state, error=error)

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orchestrator.slurm.reconcile import standings
+from orchestrator.slurm.reconcile import of_this_cluster, standings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -88,7 +88,8 @@ class _Stopping:
 
     def take(self, given: Sequence[Given]) -> bool:
         """Cancel the jobs of these runs; whether any of all jobs was not gone yet."""
-        self.given |= {run.run.path: run for run in given}
+        here = of_this_cluster(given, self._client)
+        self.given |= {run.run.path: run for run in here}
         self._look()
         new = [job for job in self.live if job not in self.cancelled]
         if new:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from orchestrator.slurm.batch import batch_command
 from orchestrator.slurm.ledger import Job, Ledger, write_ledger
 from orchestrator.slurm.pack import ENDED, JobTime, Pack, PackedRun
 from orchestrator.slurm.resources import tasks_of
@@ -102,7 +103,9 @@ class Submitter:
         self._sweep = sweep
         self._on_failure = on_failure
         self._resume = resume
-        self.ledger = Ledger(submitted_at=time.time(), folder=str(self.folder))
+        self.ledger = Ledger(
+            submitted_at=time.time(), folder=str(self.folder), cluster=limits.cluster
+        )
 
     @property
     def folder(self) -> str:
@@ -171,8 +174,9 @@ class Submitter:
         for index, pack in enumerate(chosen):
             data = pickle.dumps(self._pack(pack, common), protocol=pickle.HIGHEST_PROTOCOL)
             write_atomic(Path(pack_file(stem, index)), data)
-        parameters, python = self._parameters(chosen[0][0].resources, throttle, after)
-        command = f"{python} -u -m orchestrator.slurm.start {shlex.quote(stem)}"
+        parameters, command = self._parameters(
+            chosen[0][0].resources, stem, len(chosen) > 1, throttle, after
+        )
         try:
             # (submitit prints what sbatch says; it is in the error, too.)
             with contextlib.redirect_stderr(io.StringIO()), _outside_of_jobs():
@@ -186,33 +190,37 @@ class Submitter:
         return [f"{job_id}_{index}" for index in range(len(chosen))]
 
     def _parameters(
-        self, resources: dict[str, Any], throttle: int, after: str
+        self, resources: dict[str, Any], stem: str, is_array: bool, throttle: int, after: str
     ) -> tuple[dict[str, Any], str]:
-        """What submitit is given, and the command that starts Python."""
+        """What submitit is given, and the command of the batch script."""
         settings, several = self._settings, tasks_of(resources) > 1
         parameters = {key: value for key, value in resources.items() if value is not None}
         extra = {
             str(k): v for k, v in (parameters.pop("additional_parameters", None) or {}).items()
         }
-        python = settings.python or shlex.quote(sys_executable())
-        use_srun = settings.use_srun
-        if use_srun is None:
-            use_srun = several or bool(settings.teardown)
-        if use_srun:
-            if several:
-                parameters["srun_args"] = [*(parameters.get("srun_args") or []), _END_TOGETHER]
-        else:
-            # Slurm's warning then goes to this process, which hands it on to the runs alone.
+        srun: list[str] = []
+        if settings.use_srun or (settings.use_srun is None and several):
+            srun = self._srun(parameters.pop("srun_args", None) or [], several, is_array)
+        if not several:
+            # Slurm's warning goes to the first process, which hands it on to the runs alone.
             extra.setdefault("signal", f"B:USR2@{settings.signal_delay_s}")
-            python = f"exec {python}"
         if after:
             extra["dependency"] = f"afterany:{after}"
+        python = settings.python or shlex.quote(sys_executable())
+        command = batch_command(python, stem, srun, parameters.pop("teardown", None) or [])
         parameters |= {
             "array_parallelism": throttle,
-            "use_srun": use_srun,
+            "use_srun": False,
             "additional_parameters": extra,
         }
-        return parameters, python
+        return parameters, command
+
+    def _srun(self, wanted: Sequence[str], several: bool, is_array: bool) -> list[str]:
+        """The words of srun: a log for each task, as submitit names them."""
+        log = str(Path(self.folder, "%A_%a_%t_log" if is_array else "%j_%t_log"))
+        errors = [] if self._settings.stderr_to_stdout else ["--error", f"{log}.err"]
+        together = [_END_TOGETHER] if several else []
+        return ["srun", "--unbuffered", "--output", f"{log}.out", *errors, *together, *wanted]
 
     def _pack(self, runs: Sequence[Asked], common: bytes) -> Pack:
         settings, resources = self._settings, runs[0].resources

@@ -194,13 +194,11 @@ class Watcher:
             return
         self._closed = True
         self._progress.say(self._limit.sentence(self.failures))
-        waiting = [
-            run.job_id
-            for run in self._left.values()
-            if run.seen is None or run.seen.state is RunState.PENDING
-        ]
         with contextlib.suppress(SlurmUnreachable):
-            self._client.cancel(list(dict.fromkeys(waiting)))
+            # (Asked anew: a job that has just started is to go on.)
+            seen = self._client.poll(self.jobs)
+            pending = {job for job, found in seen.items() if found.state is RunState.PENDING}
+            self._client.cancel([job for job in self.jobs if job in pending])
 
     # --- what Slurm says ---
 

@@ -1,0 +1,44 @@
+"""The command of a batch script: what starts the first process of a job, and keeps its exit code."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# A shell that waits for its job's first process: Slurm's warning, which only the shell gets, is
+# handed on; the signal that ends the job, which all get, does not end the shell before the runs
+# have their records. An interrupted `wait` returns the signal's number and is tried again.
+_WAIT = """\
+trap 'kill -USR2 "$first"' USR2
+trap : TERM
+{command} &
+first=$!
+wait "$first"; status=$?
+while [ "$status" -gt 128 ] && kill -0 "$first" 2>/dev/null; do
+  wait "$first"; status=$?
+done
+if [ "$status" -gt 128 ]; then
+  wait "$first" 2>/dev/null; again=$?
+  [ "$again" -eq 127 ] || status=$again
+fi"""
+
+
+def batch_command(python: str, stem: str, srun: Sequence[str], teardown: Sequence[str]) -> str:
+    """The lines that do a job's work; its exit status is that of the runs, whatever comes after.
+
+    Args:
+        python: a shell command that starts Python.
+        stem: see `orchestrator.slurm.start`.
+        srun: its words, where it is to start the job's tasks; empty where it is not.
+        teardown: the user's lines of shell for the end.
+    """
+    work = f"{python} -u -m orchestrator.slurm.start {shlex.quote(stem)}"
+    if not srun and not teardown:
+        return f"exec {work}"
+    waiting = _WAIT.format(command=" ".join((shlex.join(srun), work)) if srun else work)
+    return "\n".join(
+        (waiting, *(("", "# teardown", *teardown) if teardown else ()), 'exit "$status"')
+    )
