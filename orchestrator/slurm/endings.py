@@ -90,7 +90,7 @@ class Endings:
             SystemExit: with status 1, where a run has not ended well.
         """
         missing = [run for run in self._pack.runs if self._is_missing(run)]
-        if missing and self._signals.warned and why_not is None:
+        if missing and self._signals.may_go_on and why_not is None:
             self._go_on_later(missing)
         for run in missing:
             self._give_up(run, why_not)

@@ -44,6 +44,11 @@ class PackSignals(StopSignals):
         return self.warned or bool(self.received)
 
     @property
+    def may_go_on(self) -> bool:
+        """Whether the end was announced, and nobody has cancelled the job in the meantime."""
+        return self.warned and not set(self.received) - {signal.SIGUSR2}
+
+    @property
     def timed_out(self) -> bool:
         """Whether it is the job's own time that is up; else it was preempted, or cancelled."""
         ahead = self._job.signal_delay_s if self.warned else 0.0
