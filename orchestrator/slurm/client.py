@@ -194,8 +194,12 @@ class SlurmClient:
                 found[row[0]] = replace(used, elapsed_seconds=before + used.elapsed_seconds)
         return found
 
-    def cancel(self, ids: Iterable[str]) -> None:
+    def cancel(self, ids: Iterable[str], *, only_waiting: bool = False) -> None:
         """Ends these jobs, or takes them out of the queue; those that ended stay as they are.
+
+        Args:
+            ids: of the jobs.
+            only_waiting: let those that have started go on.
 
         Raises:
             SlurmUnreachable: scancel fails or does not answer.
@@ -203,7 +207,8 @@ class SlurmClient:
         rest = iter(dict.fromkeys(ids))
         while some := list(islice(rest, _IDS_PER_CALL)):
             timeout_s = _CANCEL_TIMEOUTS * self._timeout_s
-            self._ask("scancel", *collapse(some), timeout_s=timeout_s)
+            which = ["--state=PENDING"] if only_waiting else []
+            self._ask("scancel", *which, *collapse(some), timeout_s=timeout_s)
 
     def throttle(self, array_id: str, tasks: int) -> None:
         """How many tasks of an array may run at a time from now on; 0 is all of them.

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import time
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchestrator.queue.answers import Answers
 from orchestrator.queue.book import counts
@@ -16,7 +16,6 @@ from orchestrator.record import ErrorInfo, RunState
 from orchestrator.slurm.accounting import account
 from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.ledger import Ledgers
-from orchestrator.slurm.resources import Resources
 from orchestrator.slurm.settle import was_cut_short
 from orchestrator.slurm.states import collapse
 from orchestrator.slurm.submit import Asked, write_waiting
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from orchestrator.queue.spawn import Shipper
     from orchestrator.queue.wire import Ended
     from orchestrator.slurm.client import SlurmClient
+    from orchestrator.slurm.resources import Resources
     from orchestrator.slurm.settings import SlurmSettings
     from orchestrator.slurm.submit import Submitter
     from orchestrator.sweep.compose import Composer
@@ -61,8 +61,7 @@ class SlurmLaunch:
     first_num: int
     _: KW_ONLY
     settings: SlurmSettings
-    # The same with its interpolations.
-    raw: dict[str, Any]
+    resources: Resources
     composer: Composer
     planner: Planner
     book: SweepBook
@@ -173,21 +172,20 @@ class SlurmLaunch:
 
     def _ask(self, plans: Sequence[Plan], signals: StopSignals) -> Iterator[Asked]:
         """Compose each run once and for all, and write the record of its waiting."""
-        resources = Resources(self.settings, self.raw)
         for plan in plans:
             if signals.received:
                 return
             try:
-                asked = self._ask_one(plan, resources)
+                asked = self._ask_one(plan)
             except Exception as error:  # noqa: BLE001 - the run's own failure; the others go on
                 self._cannot_start(plan.index, plan.num, plan.overrides, error)
             else:
                 yield asked
 
-    def _ask_one(self, plan: Plan, resources: Resources) -> Asked:
+    def _ask_one(self, plan: Plan) -> Asked:
         config = self.composer.compose(plan.overrides)
         number_job(config, plan.num)
-        wanted = resources.of(config)
+        wanted = self.resources.of(config)
         packed = self.shipper.pack_config(config)
         record = write_waiting(RunDir(plan.directory), self.planner.record(plan, self.sweep))
         if record is None:

@@ -15,6 +15,7 @@ from orchestrator.queue.task import Task
 from orchestrator.slurm.check import check, check_queue
 from orchestrator.slurm.client import SlurmClient, SlurmUnreachable
 from orchestrator.slurm.launch import SlurmLaunch
+from orchestrator.slurm.resources import Resources
 from orchestrator.slurm.submit import Submitter
 from orchestrator.sweep.compose import Composer
 from orchestrator.sweep.errors import SweepError
@@ -87,6 +88,7 @@ class SlurmLaunches:
         limit = FailureLimit(self._planner.results.on_failure)
         if self._settings.dry_run:
             return self._show(job_overrides, first_num)
+        resources = Resources(self._settings, self._raw)
         # (Before anything is written: whether there is a cluster at all.)
         self._limits = self._limits or self._client.limits()
         self._book.extend(job_overrides)
@@ -95,7 +97,7 @@ class SlurmLaunches:
         )
         try:
             with StopSignals() as signals:
-                launch = self._make_launch(job_overrides, first_num, progress, limit)
+                launch = self._make_launch(job_overrides, first_num, resources, progress, limit)
                 try:
                     return launch.run(signals)
                 finally:
@@ -107,6 +109,7 @@ class SlurmLaunches:
         self,
         points: Sequence[Sequence[str]],
         first_num: int,
+        resources: Resources,
         progress: Progress,
         limit: FailureLimit,
     ) -> SlurmLaunch:
@@ -125,7 +128,7 @@ class SlurmLaunches:
             points,
             first_num,
             settings=self._settings,
-            raw=self._raw,
+            resources=resources,
             composer=self.composer,
             planner=self._planner,
             book=self._book,

@@ -50,10 +50,14 @@ class Resources:
     Args:
         settings: the launcher's.
         raw: the same with its interpolations: these are looked up in each run's own config.
+
+    Raises:
+        SweepError: a value is none that sbatch could take.
     """
 
     def __init__(self, settings: SlurmSettings, raw: dict[str, Any]) -> None:
         self._common = {key: getattr(settings, key) for key in RESOURCES}
+        check_text(self._common)
         self._varying = [key for key in RESOURCES if "${" in json.dumps(raw.get(key), default=str)]
 
     def of(self, config: DictConfig) -> dict[str, Any]:
@@ -64,6 +68,9 @@ class Resources:
         }
         resources = {**self._common, **own}
         check_text(resources)
+        # A job is not warned before it has had half of its time.
+        half = 30 * float(resources["timeout_min"])
+        resources["signal_delay_s"] = int(min(resources["signal_delay_s"], half))
         return resources
 
 

@@ -203,7 +203,7 @@ class Submitter:
             srun = self._srun(parameters.pop("srun_args", None) or [], several, is_array)
         if not several:
             # Slurm's warning goes to the first process, which hands it on to the runs alone.
-            extra.setdefault("signal", f"B:USR2@{settings.signal_delay_s}")
+            extra.setdefault("signal", f"B:USR2@{resources['signal_delay_s']}")
         if after:
             extra["dependency"] = f"afterany:{after}"
         python = settings.python or shlex.quote(sys_executable())

@@ -195,10 +195,7 @@ class Watcher:
         self._closed = True
         self._progress.say(self._limit.sentence(self.failures))
         with contextlib.suppress(SlurmUnreachable):
-            # (Asked anew: a job that has just started is to go on.)
-            seen = self._client.poll(self.jobs)
-            pending = {job for job, found in seen.items() if found.state is RunState.PENDING}
-            self._client.cancel([job for job in self.jobs if job in pending])
+            self._client.cancel(self.jobs, only_waiting=True)
 
     # --- what Slurm says ---
 

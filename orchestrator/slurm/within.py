@@ -55,6 +55,11 @@ class PackSignals(StopSignals):
         return self.told and time.time() + ahead + _SLACK_S >= self._end
 
     @property
+    def ends_early(self) -> bool:
+        """Whether the job is to end before Slurm ends it, since it will go on later."""
+        return self.warned and (not self.timed_out or self._job.timeouts_left > 0)
+
+    @property
     def reason(self) -> str:  # type: ignore[override]
         return "SLURM_TIMEOUT" if self.timed_out else "SLURM_ENDED"
 
@@ -88,14 +93,15 @@ class PackScheduler(Scheduler):
 
     @property
     def closed(self) -> str:
-        return super().closed or ("Slurm has announced the end." if self._slurm.warned else "")
+        return super().closed or ("Slurm has announced the end." if self._slurm.ends_early else "")
 
     def _heed(self) -> None:
         self._slurm.drain()
         if self._slurm.received:
             self._stop_all()
         elif self._slurm.warned and self._deadline is None:
-            self._deadline = self._context.clock() + self._saving_s
+            saving_s = self._saving_s if self._slurm.ends_early else float("inf")
+            self._deadline = self._context.clock() + saving_s
             self._context.progress.say(
                 f"Slurm announces the end; {len(self._jobs)} running are told."
             )
