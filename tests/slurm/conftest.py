@@ -19,14 +19,16 @@ HERE = Path(__file__).parent
 
 def _load(path):
     # Tests are imported without a package; helpers come by path.
-    spec = importlib.util.spec_from_file_location("slurm_cluster", path)
+    name = f"slurm_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["slurm_cluster"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
 cluster = _load(HERE / "cluster.py")
+sweeps = _load(HERE / "sweeps.py")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,6 +50,14 @@ def _slurm():
 def slurm(_slurm):
     """Slurm of 4 simulated nodes with 8 CPUs and 2 GPUs each, for the whole session."""
     return _slurm
+
+
+@pytest.fixture
+def sweep(slurm, tmp_path):
+    """Sweeps of the app of `sweeps.py`, in a directory of their own."""
+    made = sweeps.Sweeps(slurm, tmp_path)
+    yield made
+    made.end()
 
 
 @pytest.fixture(autouse=True)
