@@ -186,9 +186,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def never_began(self) -> bool:
-        """Whether the run has only been waiting for its start, until now or until it was cancelled."""
-        waited = self.state in (RunState.PENDING, RunState.CANCELLED)
-        return waited and self.started_at is None
+        """Whether no process has ever worked on the run, whatever has become of it."""
+        return self.started_at is None and self.state is not RunState.COMPLETED
 
     def with_last_attempt(self) -> tuple[Attempt, ...]:
         """All attempts so far, this one included, for a run that is about to be done again.

@@ -25,9 +25,9 @@ _HERE = "hydra_plugins.hydra_orchestrator.array_launchers"
 
 
 class ListLauncher(Launcher):
-    """Lists the runs and starts none; see `orchestrator.slurm.listing`."""
+    """Lists the runs and starts none; see `orchestrator.slurm.export.listing`."""
 
-    module = "orchestrator.slurm.listing"
+    module = "orchestrator.slurm.export.listing"
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -54,9 +54,9 @@ class ListLauncher(Launcher):
 
 
 class ArrayTaskLauncher(ListLauncher):
-    """Does the runs of one task of an array, here; see `orchestrator.slurm.array_queue`."""
+    """Does the runs of one task of an array, here; see `orchestrator.slurm.export.array_queue`."""
 
-    module = "orchestrator.slurm.array_queue"
+    module = "orchestrator.slurm.export.array_queue"
 
 
 for _name, _class in (("list_runs", ListLauncher), ("slurm_array_task", ArrayTaskLauncher)):

@@ -18,8 +18,8 @@ from orchestrator.errors import OrchestratorError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from orchestrator.slurm.listed import ListedRun, Listing
-    from orchestrator.slurm.script import Job, Written
+    from orchestrator.slurm.export.listed import ListedRun, Listing
+    from orchestrator.slurm.export.script import Job, Written
 
 _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
@@ -124,7 +124,7 @@ def slurm(ctx: click.Context, /, directory: str | None, output: str, **given: An
                 f"{directory!r} and a command were given; expected the directory of a sweep that "
                 "was started, or the command of one that was not"
             )
-        from orchestrator.slurm.script import Job, check_path
+        from orchestrator.slurm.export.script import Job, check_path
 
         # What is wrong with the options themselves is said before the app is asked.
         check_path(Path(output))
@@ -143,7 +143,7 @@ def slurm(ctx: click.Context, /, directory: str | None, output: str, **given: An
 def _list(
     directory: str, sweep_id: str | None, command: Sequence[str] | None
 ) -> tuple[Listing, bytes]:
-    from orchestrator.slurm import listed
+    from orchestrator.slurm.export import listed
 
     if command is None:
         root = Path(directory)
@@ -181,7 +181,7 @@ def _parse_indices(text: str | None) -> set[int] | None:
 def _write(
     listing: Listing, runs: Sequence[ListedRun], output: Path, given: dict[str, Any]
 ) -> Written:
-    from orchestrator.slurm.script import write_script
+    from orchestrator.slurm.export.script import write_script
 
     job = _job(listing, given)
     limits = _limits()
@@ -198,7 +198,7 @@ def _write(
 def _job(listing: Listing, given: dict[str, Any]) -> Job:
     """What the sweep's command, the cluster file and the options ask for; the last one wins."""
     from orchestrator.slurm.cluster_file import read_cluster_file
-    from orchestrator.slurm.script import Job
+    from orchestrator.slurm.export.script import Job
 
     job = Job()
     job.option("job-name", listing.job_name)
@@ -247,7 +247,7 @@ def _limits() -> Any:
 def _enter(listing: Listing, draft: bytes) -> None:
     """Make a sweep that was never started one of its outputs directory."""
     if draft:
-        from orchestrator.slurm.listed import SWEEP_FILE
+        from orchestrator.slurm.export.listed import SWEEP_FILE
         from orchestrator.store import SWEEPS, write_atomic
 
         write_atomic(Path(listing.root, SWEEPS, listing.sweep_id, SWEEP_FILE), draft)

@@ -139,7 +139,8 @@ class Endings:
             message = f"{record.error.message}. {self._refused}"
             error = msgspec.structs.replace(record.error, message=message)
             # (The attempt that was to be followed by another is the last one now.)
-            record = msgspec.structs.replace(record, error=error, attempts=found.attempts[:-1])
+            attempts = found.attempts if ended is None else found.attempts[:-1]
+            record = msgspec.structs.replace(record, error=error, attempts=attempts)
         failure = error_of_ranks(Path(run.directory)) if are_several() else None
         if failure is not None:
             record = msgspec.structs.replace(record, state=RunState.FAILED, error=failure)

@@ -19,8 +19,8 @@ from orchestrator.cli.export import main
 from orchestrator.overrides import parse_override
 from orchestrator.record import RunRecord, RunState
 from orchestrator.results.reading import read_runs
-from orchestrator.slurm.array_task import quoted, read_task
-from orchestrator.slurm.script import Job, array_calls, ranges
+from orchestrator.slurm.export.array_task import quoted, read_task
+from orchestrator.slurm.export.script import Job, array_calls, ranges
 from orchestrator.store import RunDir
 
 APP = """

@@ -21,8 +21,8 @@ from orchestrator.overrides import as_typed
 from orchestrator.queue.plan import Planner
 from orchestrator.queue.settings import QueueSettings
 from orchestrator.record import to_plain
-from orchestrator.slurm.array_task import quoted
-from orchestrator.slurm.listed import LIST_LAUNCHER, LISTING_FILE, ListedRun, Listing
+from orchestrator.slurm.export.array_task import quoted
+from orchestrator.slurm.export.listed import LIST_LAUNCHER, LISTING_FILE, ListedRun, Listing
 from orchestrator.slurm.settings import SlurmSettings
 from orchestrator.store import RunDir, observed_state, write_atomic
 from orchestrator.sweep.compose import Composer

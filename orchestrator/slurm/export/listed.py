@@ -1,6 +1,6 @@
 """The runs of a sweep, asked of its own command: it is started with a launcher that only lists.
 
-So the app's own configs and sweeper say which runs there are; see `orchestrator.slurm.listing`
+So the app's own configs and sweeper say which runs there are; see `orchestrator.slurm.export.listing`
 for what happens in the app's process.
 """
 
@@ -19,7 +19,7 @@ import msgspec
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.record import RunState
-from orchestrator.slurm.array_task import quoted
+from orchestrator.slurm.export.array_task import quoted
 from orchestrator.store import SWEEPS, read_bytes
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.slurm.array_task import dump_list
+from orchestrator.slurm.export.array_task import dump_list
 from orchestrator.store import write_atomic
 from orchestrator.wording import plural
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from orchestrator.slurm.listed import ListedRun, Listing
+    from orchestrator.slurm.export.listed import ListedRun, Listing
 
 # Keys of hydra/launcher=slurm whose values sbatch takes as they are.
 _SAME = (
@@ -42,7 +42,7 @@ cd -- {cwd} || exit 1
 # Slurm's SIGTERM is for the run, which then writes its record; what follows is still done.
 trap : TERM
 code=0
-{python} -m orchestrator.slurm.array_task {list_path} "${{1:-0}}" || code=$?
+{python} -m orchestrator.slurm.export.array_task {list_path} "${{1:-0}}" || code=$?
 # Nothing below hides how the run ended.
 trap 'exit "$code"' EXIT
 {post}"""

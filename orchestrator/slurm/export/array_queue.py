@@ -26,7 +26,7 @@ from orchestrator.queue.plan import Planner
 from orchestrator.queue.settings import GpuQueueSettings, QueueSettings
 from orchestrator.record import RunState
 from orchestrator.slurm.allocation import allocated_cores, job_id, queue_settings
-from orchestrator.slurm.array_task import LAUNCHER, read_task
+from orchestrator.slurm.export.array_task import LAUNCHER, read_task
 from orchestrator.slurm.pack import JobTime, Pack
 from orchestrator.store import RunDir
 from orchestrator.sweep.directory import make_writable

@@ -1,4 +1,4 @@
-"""``python -m orchestrator.slurm.array_task LIST [OFFSET]``: one task of an exported array.
+"""``python -m orchestrator.slurm.export.array_task LIST [OFFSET]``: one task of an exported array.
 
 It becomes the command of the run that the list names for ``$SLURM_ARRAY_TASK_ID``, with
 ``hydra/launcher=slurm_array_task`` as its launcher. Standard library only: each task waits for it.
@@ -54,7 +54,7 @@ def quoted(text: str) -> str:
 
 
 def task_words(path: str, task: int) -> list[str]:
-    """The words that say which task it is; see `orchestrator.slurm.array_queue`."""
+    """The words that say which task it is; see `orchestrator.slurm.export.array_queue`."""
     return [
         LAUNCHER,
         f"hydra.launcher.array_list={quoted(path)}",
