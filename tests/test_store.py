@@ -373,7 +373,7 @@ def test_another_attempt_begins_and_the_last_one_is_told(tmp_path, state):
 
 def test_a_run_that_has_only_waited_made_no_attempt(tmp_path):
     run = RunDir(own_directory(tmp_path / "name", A))
-    run.write(_record(state=RunState.FAILED))
+    run.write(_record(state=RunState.FAILED, started_at=1.0))
     run.write(_record(state=RunState.PENDING, attempts=run.begin_attempt()))
     attempts = run.begin_attempt()
     assert [attempt.state for attempt in attempts] == [RunState.FAILED]
