@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from orchestrator.queue.places import Places
     from orchestrator.queue.progress import Progress
-    from orchestrator.queue.settings import GpuQueueSettings
+    from orchestrator.queue.settings import QueueSettings
 
 
 class GpuQueue:
@@ -51,7 +51,7 @@ class GpuQueue:
 
     def __init__(
         self,
-        settings: GpuQueueSettings,
+        settings: QueueSettings,
         hydra_context: HydraContext,
         task_function: TaskFunction,
         config: DictConfig,

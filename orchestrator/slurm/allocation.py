@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from orchestrator.queue.settings import QueueSettings
-    from orchestrator.slurm.pack import Pack
 
 _GIVEN = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
 # Of the time between SIGTERM and SIGKILL, what is left to write records in.
@@ -57,23 +56,35 @@ def _check_given(settings: QueueSettings, given: str | None) -> None:
         raise SweepError(f"{msg}. Leave it out, or name some of these.")
 
 
-def queue_settings(pack: Pack, environ: Mapping[str, str] = os.environ) -> QueueSettings:
+def queue_settings(
+    wanted: QueueSettings,
+    *,
+    shared: bool,
+    kill_wait_s: float,
+    environ: Mapping[str, str] = os.environ,
+) -> QueueSettings:
     """The settings of the local queue, for what the job was given.
 
     GPUs that Slurm has not given are left alone, although NVML may show them. No leases: Slurm
     has seen to it that nobody else is there.
 
+    Args:
+        wanted: the user's.
+        shared: whether several runs were to share the job: else one has all of it.
+        kill_wait_s: how long a process of the job has between SIGTERM and SIGKILL.
+        environ: what Slurm says.
+
     Raises:
         SweepError: the settings name GPUs that the job was not given.
     """
-    settings = replace(pack.settings, leases=False)
-    settings.kill_grace_s = min(settings.kill_grace_s, pack.time.kill_wait_s * _GRACE_SHARE)
+    grace_s = min(wanted.kill_grace_s, kill_wait_s * _GRACE_SHARE)
+    settings = replace(wanted, leases=False, kill_grace_s=grace_s)
     if settings.gpus == "auto" and not any(environ.get(name) for name in _GIVEN):
         settings.gpus = []
     elif not has_driver():
         settings.monitor = False
         _check_given(settings, environ.get("CUDA_VISIBLE_DEVICES"))
-    if not pack.shared:
+    if not shared:
         settings.max_processes = 1
     elif settings.max_processes is None and not settings.gpus:
         settings.max_processes = allocated_cores(environ)

@@ -66,9 +66,12 @@ class PackJob:
 
     def _do_all(self) -> ErrorInfo | None:
         """Put the runs through the queue; why some of them were not begun, if somebody said."""
-        context = self._prepare(queue_settings(self._pack))
-        overrides = [run.record.overrides for run in self._pack.runs]
-        scheduler = PackScheduler(overrides, 0, context, self._signals, self._pack.time)
+        pack = self._pack
+        context = self._prepare(
+            queue_settings(pack.settings, shared=pack.shared, kill_wait_s=pack.time.kill_wait_s)
+        )
+        overrides = [run.record.overrides for run in pack.runs]
+        scheduler = PackScheduler(overrides, 0, context, self._signals, pack.time)
         try:
             scheduler.run()
         finally:

@@ -70,6 +70,7 @@ def test_an_editable_install_works_anywhere(environment, tmp_path):
     sweep_and_aggregate(environment, tmp_path, tmp_path / "outputs", ROOT)
     environment.run("orchestrator-aggregate", "--help", cwd=tmp_path)
     environment.run("orchestrator-status", "--help", cwd=tmp_path)
+    environment.run("orchestrator-export", "--help", cwd=tmp_path)
 
 
 def test_a_wheel_works_anywhere(environment, tmp_path):

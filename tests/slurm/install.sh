@@ -17,4 +17,4 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 apt-get install -qq -y --no-install-recommends \
   munge slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin \
-  mariadb-server-core mariadb-client-core
+  mariadb-server-core mariadb-client-core rsync

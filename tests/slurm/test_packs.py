@@ -15,7 +15,6 @@ from slurm_sweeps import until
 
 from orchestrator.queue.settings import QueueSettings
 from orchestrator.slurm import allocation
-from orchestrator.slurm.pack import JobTime, Pack
 from orchestrator.slurm.resources import check_text, tasks_of
 from orchestrator.slurm.start import pack_file
 from orchestrator.slurm.submit import arrays, lanes, packs
@@ -359,19 +358,10 @@ def test_settings_that_no_job_could_meet(packed):
 # --- what needs no Slurm ---
 
 
-def pack_of(*, shared=True, kill_wait_s=30.0, **settings):
-    """A pack without runs."""
-    return Pack(
-        sweep_dir="/nowhere",
-        common=b"",
-        runs=(),
-        shared=shared,
-        settings=QueueSettings(**settings),
-        raw={},
-        on_failure="continue",
-        resume=True,
-        reports=True,
-        time=JobTime(limit_s=3600.0, signal_delay_s=120.0, kill_wait_s=kill_wait_s),
+def found_in(environ, *, shared=True, kill_wait_s=30.0, **settings):
+    """The queue's settings in a job that Slurm has given this environment."""
+    return allocation.queue_settings(
+        QueueSettings(**settings), shared=shared, kill_wait_s=kill_wait_s, environ=environ
     )
 
 
@@ -392,7 +382,7 @@ GPUS = {"CUDA_VISIBLE_DEVICES": "0,1"}
 def test_a_job_without_gpus_uses_its_cores(environ, monkeypatch):
     """NVML may show GPUs that Slurm has not given."""
     monkeypatch.setattr(allocation, "has_driver", lambda: True)
-    found = allocation.queue_settings(pack_of(), {**environ, "SLURM_CPUS_PER_TASK": "6"})
+    found = found_in({**environ, "SLURM_CPUS_PER_TASK": "6"})
     assert differences(found) == {"leases": False, "gpus": [], "max_processes": 6}
 
 
@@ -401,35 +391,33 @@ def test_a_job_without_gpus_uses_its_cores(environ, monkeypatch):
 def test_a_job_with_gpus_uses_these(name, driver, monkeypatch):
     """Without NVML by counts alone. Slurm is the one that gives leases."""
     monkeypatch.setattr(allocation, "has_driver", lambda: driver)
-    found = allocation.queue_settings(pack_of(), {name: "0,1"})
+    found = found_in({name: "0,1"})
     assert differences(found) == {"leases": False} | ({} if driver else {"monitor": False})
 
 
 def test_a_run_alone_in_its_job_has_all_of_it(monkeypatch):
     monkeypatch.setattr(allocation, "has_driver", lambda: True)
-    alone = pack_of(shared=False, max_processes=5)
-    assert allocation.queue_settings(alone, GPUS).max_processes == 1
-    assert allocation.queue_settings(alone, {}).max_processes == 1
+    for environ in (GPUS, {}):
+        assert found_in(environ, shared=False, max_processes=5).max_processes == 1
 
 
 def test_what_is_said_counts(monkeypatch):
     monkeypatch.setattr(allocation, "has_driver", lambda: True)
-    pack = pack_of(max_processes=3, gpus=[1], kill_wait_s=5.0)
-    found = allocation.queue_settings(pack, GPUS)
+    wanted = QueueSettings(max_processes=3, gpus=[1])
+    found = allocation.queue_settings(wanted, shared=True, kill_wait_s=5.0, environ=GPUS)
     assert (found.max_processes, found.gpus, found.leases) == (3, [1], False)
-    assert found.kill_grace_s <= 5.0 < pack.settings.kill_grace_s, "records come after the grace"
-    patient = allocation.queue_settings(pack_of(kill_grace_s=1.0), GPUS)
-    assert patient.kill_grace_s == 1.0
-    assert pack.settings.leases, "the settings of the pack are nobody's to change"
+    assert found.kill_grace_s <= 5.0 < wanted.kill_grace_s, "records come after the grace"
+    assert found_in(GPUS, kill_grace_s=1.0).kill_grace_s == 1.0
+    assert wanted.leases, "the settings of the pack are nobody's to change"
 
 
 @pytest.mark.parametrize("gpus", [[2], "2", 2, [0, 2], ["0", "2"]])
 def test_gpus_that_were_not_given_are_refused(gpus, monkeypatch):
     monkeypatch.setattr(allocation, "has_driver", lambda: False)
     with pytest.raises(SweepError, match=r"queue\.gpus names 2; Slurm has given the job 0,1"):
-        allocation.queue_settings(pack_of(gpus=gpus), GPUS)
+        found_in(GPUS, gpus=gpus)
     # Somebody on a cluster without such variables knows best.
-    assert allocation.queue_settings(pack_of(gpus=gpus), {}).gpus == gpus
+    assert found_in({}, gpus=gpus).gpus == gpus
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from hydra.core.utils import JobStatus
@@ -23,11 +23,10 @@ from orchestrator.queue.job import THREAD_VARIABLES
 from orchestrator.queue.launcher import GpuQueue
 from orchestrator.queue.needs import Needs
 from orchestrator.queue.plan import Planner
-from orchestrator.queue.settings import GpuQueueSettings, QueueSettings
+from orchestrator.queue.settings import QueueSettings
 from orchestrator.record import RunState
 from orchestrator.slurm.allocation import allocated_cores, job_id, queue_settings
 from orchestrator.slurm.export.array_task import LAUNCHER, read_task
-from orchestrator.slurm.pack import JobTime, Pack
 from orchestrator.store import RunDir
 from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import SweepError
@@ -86,7 +85,7 @@ def make(
 
 def _queue_settings(
     head: Mapping[str, Any], given: Mapping[str, Any], *, alone: bool
-) -> GpuQueueSettings:
+) -> QueueSettings:
     """The settings of the local queue that another launcher's keys stand for."""
     plain: dict[str, Any] = {
         name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
@@ -94,27 +93,14 @@ def _queue_settings(
     }
     known = {field.name for field in fields(QueueSettings)}
     own = {name: value for name, value in plain.items() if name in known}
-    settings = GpuQueueSettings(**{**own, **(plain.get("queue") or {}), **head["queue"]})
+    settings = QueueSettings(**{**own, **(plain.get("queue") or {}), **head["queue"]})
     if alone:  # it has all that there is
         settings.memory_per_job_gb = None
     if not job_id():
         return settings
     if settings.gpus:  # those of another machine
         settings.gpus = "auto"
-    time = JobTime(limit_s=0.0, signal_delay_s=0.0, kill_wait_s=head["kill_wait_s"])
-    pack = Pack(
-        sweep_dir="",
-        common=b"",
-        runs=(),
-        shared=not alone,
-        settings=settings,
-        raw={},
-        on_failure=None,
-        resume=True,
-        reports=False,
-        time=time,
-    )
-    return cast("GpuQueueSettings", queue_settings(pack))
+    return queue_settings(settings, shared=not alone, kill_wait_s=head["kill_wait_s"])
 
 
 class ArrayQueue(GpuQueue):
