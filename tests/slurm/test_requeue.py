@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 from slurm_sweeps import until
 
 from orchestrator.slurm.pack import JobTime, Pack
@@ -27,7 +28,7 @@ PACK = ("hydra.launcher.runs_per_job=6", "hydra.launcher.gpus_per_node=2")
 # Slurm lets 10 s and more go by before it starts a job again.
 AGAIN_S = 60.0
 
-APP = '''
+APP = """
 import os
 import signal
 import subprocess
@@ -79,7 +80,7 @@ def main(cfg):
 
 if __name__ == "__main__":
     main()
-'''
+"""
 
 
 @pytest.fixture
@@ -124,6 +125,15 @@ def curve(directory):
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
 
+def example(sweep, **values):
+    """A copy of the example, with other numbers in its config."""
+    place = sweep.directory / "example"
+    shutil.copytree(EXAMPLE, place)
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    (place / "config.yaml").write_text(yaml.safe_dump(config | values))
+    return place
+
+
 def states_of(attempts):
     return [(attempt["state"], (attempt["error"] or {}).get("type")) for attempt in attempts]
 
@@ -144,10 +154,8 @@ def test_jobs_go_on_after_a_requeue(together):
 
 def a_checkpoint_at_the_time_limit(slurm, sweep):
     """The example: it saves, waits in the queue, and its curve is whole in the end."""
-    shutil.copytree(EXAMPLE, sweep.directory / "example")
-    place = sweep.directory / "example"
-    epochs = ("epochs=60", "seconds_per_epoch=0.05")
-    running = sweep.start("lr=0.1,0.3", *epochs, *ONE_TIMEOUT, app="train.py", cwd=place)
+    place = example(sweep, epochs=60, seconds_per_epoch=0.05)
+    running = sweep.start("lr=0.1,0.3", *ONE_TIMEOUT, app="train.py", cwd=place)
     first = place / "outputs" / "lr_0.1"
     until(lambda: (first / "metrics.jsonl").exists() and len(curve(first)) > 5, 30, lambda: sweep)
     job = json.loads((first / "run.json").read_bytes())["slurm_job_id"]
@@ -174,7 +182,7 @@ def a_checkpoint_at_the_time_limit(slurm, sweep):
     assert len(record["attempts"]) == 1
     assert f"goes on from epoch {len(saved)}" in (first / "train_stdout.log").read_text()
     # As if nothing had happened.
-    alone = ("hydra/callbacks=results", "hydra.run.dir=alone", "lr=0.1", "epochs=60")
+    alone = ("hydra/callbacks=results", "hydra.run.dir=alone", "seconds_per_epoch=0")
     subprocess.run([sys.executable, "train.py", *alone], cwd=place, check=True, timeout=30)
     assert curve(first) == curve(place / "alone")
     assert [step for step, _ in curve(first)] == list(range(1, 61))
@@ -298,9 +306,8 @@ def test_jobs_that_do_not_go_on(together):
 
 def no_timeout_is_left(slurm, sweep):
     """TIMEOUT at once; the same command goes on from the checkpoint, however often."""
-    shutil.copytree(EXAMPLE, sweep.directory / "example")
-    place = sweep.directory / "example"
-    words = ("lr=0.1", "epochs=40", "seconds_per_epoch=0.02", *LIMIT)
+    place = example(sweep, epochs=40, seconds_per_epoch=0.02)
+    words = ("lr=0.1", *LIMIT)
     run = place / "outputs" / "lr_0.1"
     reached = 0
     for number in (1, 2):
@@ -356,7 +363,7 @@ def slurm_refuses(slurm, sweep):
 def cancelled_after_the_warning(slurm, sweep):
     """Whoever cancels a job does not want it back."""
     sweep.plan({"all": "gate"})
-    running = sweep.start("x=0,1", "hydra.launcher.runs_per_job=2", *ONE_TIMEOUT, app="warned.py")
+    running = sweep.start("x=0,1", "hydra.launcher.runs_per_job=2", app="warned.py")
     sweep.until_started(0)
     warn(slurm, sweep, 0)
     until(lambda: "1 running are told" in job_log(sweep), 10, lambda: sweep)
