@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from orchestrator.slurm.amounts import minutes_of
 from orchestrator.slurm.settings import SlurmSettings
 from orchestrator.sweep.errors import SweepError
 
@@ -56,7 +57,6 @@ _NOT_USED = {
 }
 _KNOWN = {*_OWN, *_EXPERIMENT_MANAGER, *_PYEXPUTILS, *_NOT_USED, "time"}
 
-_TIME = re.compile(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?")
 _MEMORY = re.compile(r"([0-9]+)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
 _MEGABYTES = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}
 _GPUS = re.compile(r"(?:[A-Za-z][\w.-]*:)?([0-9]+)", re.ASCII)
@@ -195,10 +195,10 @@ class _File:
         value = self.get(key)
         if value is None:
             return None
-        seconds = None if isinstance(value, bool) else _seconds(str(value))
-        if not seconds:
+        minutes = minutes_of(str(value))
+        if minutes is None:
             raise self.wrong(key, 'a time such as "90" (minutes), "HH:MM:SS" or "D-HH:MM:SS"')
-        return math.ceil(seconds / 60)
+        return int(minutes)
 
     def megabytes(self, key: str, *, plain: str = "M") -> int | None:
         """An amount of memory as Slurm writes it, rounded up.
@@ -214,18 +214,6 @@ class _File:
         if megabytes is None:
             raise self.wrong(key, 'memory such as "4000" (MB), "4000M" or "4G"')
         return megabytes
-
-
-def _seconds(text: str) -> int | None:
-    found = _TIME.fullmatch(text.strip())
-    if found is None:
-        return None
-    days, first, second, third = (None if part is None else int(part) for part in found.groups())
-    if days is not None:
-        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
-    if third is not None:
-        return ((first or 0) * 60 + (second or 0)) * 60 + third
-    return (first or 0) * 60 + (second or 0)
 
 
 def _megabytes(value: Any, plain: str) -> int | None:

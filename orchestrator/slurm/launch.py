@@ -148,7 +148,9 @@ class SlurmLaunch:
                 if self._is_elsewhere(plan, ledger.cluster):
                     continue
                 directory = self.planner.sweep_dir / SWEEPS / record.sweep_id
-                found.append(Waiting(plan, record, job_id, directory, ledger.submitted_at))
+                found.append(
+                    Waiting(plan, record, job_id, directory, ledger.submitted_at, ledger.folder)
+                )
         seen = self.client.poll({run.job_id for run in found}) if found else {}
         for run in found:
             if run.job_id in seen and not seen[run.job_id].state.is_final:
@@ -207,7 +209,8 @@ class SlurmLaunch:
             ):
                 since = self.submitter.ledger.submitted_at
                 directory = self.sweep.directory
-                self.waiting.append(Waiting(run.plan, run.record, job_id, directory, since))
+                logs = self.submitter.folder
+                self.waiting.append(Waiting(run.plan, run.record, job_id, directory, since, logs))
         except SweepError as error:
             refused = error
         new = self.waiting[before:]
@@ -246,7 +249,8 @@ class SlurmLaunch:
             self.answers.leave(run.plan)
         self.book.close(self.progress, self.answers, complete=False)
         if self.waiting:
-            self.progress.say(_how_to_follow(self.sweep.root))
+            again = "the same command without hydra.launcher.wait=false waits for them"
+            self.progress.say(_how_to_follow(self.sweep.root, again))
 
     def _wait(self, signals: StopSignals) -> None:
         watcher = Watcher(
@@ -278,7 +282,7 @@ class SlurmLaunch:
         results = self.book.close(self.progress, self.answers, complete=False)
         if watcher.jobs:
             ids = " ".join(collapse(watcher.jobs))
-            follow = _how_to_follow(self.sweep.root)
+            follow = _how_to_follow(self.sweep.root, "the same command again waits for them")
             self.progress.say(f"Left to Slurm: {watcher.summary()}, in {ids}. {follow}")
         else:
             again = "The same command again runs what is missing."
@@ -298,8 +302,8 @@ class SlurmLaunch:
             watcher.run(signals, time.monotonic() + self.kill_wait_s + _CANCEL_S)
 
 
-def _how_to_follow(root: Path) -> str:
+def _how_to_follow(root: Path, again: str) -> str:
     return (
         f"orchestrator-status {root} shows the runs, orchestrator-status stop {root} cancels "
-        "them, and the same command again waits for them."
+        f"them, and {again}."
     )

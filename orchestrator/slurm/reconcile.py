@@ -50,6 +50,7 @@ class Given:
         submitted_at: since when its job may be known to accounting.
         entered_at: when the sweep last submitted anything.
         cluster: whose job it is; empty where that is not known.
+        job_logs: where Slurm's own logs of the jobs are.
     """
 
     run: RunDir
@@ -59,6 +60,7 @@ class Given:
     submitted_at: float
     entered_at: float
     cluster: str = ""
+    job_logs: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def _of_sweep(sweep_dir: Path, runs: Sequence[tuple[RunDir, RunRecord]]) -> list
             ledger.submitted_at,
             entered_at,
             ledger.cluster,
+            ledger.folder,
         )
         for run, record in runs
     ]
@@ -282,7 +285,7 @@ def _bury(run: Given, said: Seen | None, now: float) -> Standing:
             lock.release()
     except OSError as error:
         # (A copy of the results, or somebody else's: nobody can work here.)
-        final = _final(run.run, run.record, run.job_id, said, now)
+        final = _final(run, run.record, said, now)
         return Standing(final, final.state, run.job_id, unsaved=error.strerror or str(error))
 
 
@@ -296,7 +299,7 @@ def _bury_locked(run: Given, said: Seen | None, now: float) -> Standing:
         return Standing(found, found.state, run.job_id)
     if found.host == hostname() and observed_state(found) is RunState.RUNNING:
         return Standing(found, found.state, run.job_id)
-    final = _final(run.run, found, run.job_id, said, now)
+    final = _final(run, found, said, now)
     run.run.write(final)
     return Standing(final, final.state, run.job_id)
 
@@ -306,15 +309,15 @@ def _at_work(run: Given) -> Standing:
     return Standing(record, record.state, run.job_id)
 
 
-def _final(run: RunDir, found: RunRecord, job_id: str, said: Seen | None, now: float) -> RunRecord:
-    record = ended_as(found, job_id, said)
-    ended_at = now if found.started_at is None else _last_sign(run, found.started_at, now)
+def _final(run: Given, found: RunRecord, said: Seen | None, now: float) -> RunRecord:
+    record = ended_as(found, run.job_id, said, run.job_logs)
+    ended_at = now if found.started_at is None else _last_sign(run.run, found.started_at, now)
     duration = None if found.started_at is None else round(ended_at - found.started_at, 3)
     return msgspec.structs.replace(
         record,
         ended_at=ended_at,
         duration_seconds=duration,
-        metrics=record.metrics or last_metrics(run),
+        metrics=record.metrics or last_metrics(run.run),
     )
 
 

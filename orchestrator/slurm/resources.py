@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from orchestrator.slurm.amounts import minutes_of
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
@@ -57,8 +60,9 @@ class Resources:
 
     def __init__(self, settings: SlurmSettings, raw: dict[str, Any]) -> None:
         self._common = {key: getattr(settings, key) for key in RESOURCES}
-        check_text(self._common)
         self._varying = [key for key in RESOURCES if "${" in json.dumps(raw.get(key), default=str)]
+        # What holds for all runs is refused once, before anything is done.
+        checked({k: v for k, v in self._common.items() if k not in self._varying})
 
     def of(self, config: DictConfig) -> dict[str, Any]:
         """The resources of one run; its whole config is asked where they may differ."""
@@ -66,8 +70,7 @@ class Resources:
             key: _plain(OmegaConf.select(config, f"hydra.launcher.{key}", throw_on_missing=True))
             for key in self._varying
         }
-        resources = {**self._common, **own}
-        check_text(resources)
+        resources = checked({**self._common, **own})
         # A job is not warned before it has had half of its time.
         half = 30 * float(resources["timeout_min"])
         resources["signal_delay_s"] = int(min(resources["signal_delay_s"], half))
@@ -76,6 +79,57 @@ class Resources:
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def checked(resources: dict[str, Any]) -> dict[str, Any]:
+    """Resources as sbatch can take them: a time limit is in minutes.
+
+    Args:
+        resources: by the launcher's keys; some may be missing.
+
+    Raises:
+        SweepError: what one of them is, and what it should be.
+    """
+    check_text(resources)
+    for key, (is_fine, expected) in _EXPECTED.items():
+        value = resources.get(key)
+        if value is not None and not is_fine(value):
+            raise SweepError(f"hydra.launcher.{key} is {value!r}; expected {expected}.")
+    if "timeout_min" not in resources:
+        return resources
+    minutes = minutes_of(resources["timeout_min"])
+    if minutes is None:
+        expected = "minutes, or a time as Slurm writes it (HH:MM:SS, D-HH:MM:SS)"
+        got = repr(resources["timeout_min"])
+        raise SweepError(f"hydra.launcher.timeout_min is {got}; expected {expected}.")
+    return {**resources, "timeout_min": math.ceil(minutes)}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _are_gpus(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.fullmatch(r"[\w.-]+(:[1-9]\d*)?|\d+", value) is not None
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_memory(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+_COUNT = (_is_count, "a whole number, 1 or more")
+_GPUS = (_are_gpus, "a number of GPUs, or a type and a number (a100:2)")
+_EXPECTED = {
+    "nodes": _COUNT,
+    "tasks_per_node": _COUNT,
+    "cpus_per_task": _COUNT,
+    "cpus_per_gpu": _COUNT,
+    "gpus_per_node": _GPUS,
+    "gpus_per_task": _GPUS,
+    "mem_gb": (_is_memory, "GB as a number (for other units: hydra.launcher.mem_per_cpu=4000M)"),
+}
 
 
 def check_text(resources: dict[str, Any]) -> None:

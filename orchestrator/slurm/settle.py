@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from orchestrator.record import ErrorInfo, RunRecord, RunState
-from orchestrator.store import RunLock, last_metrics
+from orchestrator.store import RunLock, last_metrics, tail
 
 if TYPE_CHECKING:
     from orchestrator.slurm.states import Seen
     from orchestrator.store import RunDir
 
+_LOG_TAIL_BYTES = 2_000
 _TYPES = {
     RunState.COMPLETED: "SlurmLost",
     RunState.FAILED: "ProcessDied",
@@ -25,7 +27,9 @@ _TYPES = {
 }
 
 
-def settle(run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None) -> RunRecord | None:
+def settle(
+    run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None, job_logs: str = ""
+) -> RunRecord | None:
     """See that the record of a run is final, now that nobody works on it any more.
 
     Args:
@@ -33,6 +37,7 @@ def settle(run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None) -> Run
         asked: its record as it was when the job was submitted.
         job_id: of the Slurm job, for the text.
         seen: what Slurm says of how the job ended; None where it knows nothing of it any more.
+        job_logs: where Slurm's own logs of the jobs are; empty where that is not known.
 
     Returns:
         The final record; None where somebody works on the run, or another sweep has it by now.
@@ -52,7 +57,7 @@ def settle(run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None) -> Run
             return None
         if found.state.is_final:
             return found
-        final = ended_as(found, job_id, seen)
+        final = ended_as(found, job_id, seen, job_logs)
         run.write(final if final.metrics else _with_metrics(run, final))
         return final
     finally:
@@ -92,9 +97,12 @@ def _with_metrics(run: RunDir, record: RunRecord) -> RunRecord:
     return msgspec.structs.replace(record, metrics=last_metrics(run))
 
 
-def ended_as(found: RunRecord, job_id: str, seen: Seen | None) -> RunRecord:
+def ended_as(found: RunRecord, job_id: str, seen: Seen | None, job_logs: str = "") -> RunRecord:
     """The record of a run as its Slurm job left it, in the final state that Slurm's words mean."""
     state = _state(found, seen)
+    # A job that fails before its first run has said why in its own log, if anywhere.
+    failed_first = found.started_at is None and state is RunState.FAILED
+    last_said = _last_said(job_logs, job_id) if failed_first else ""
     now = time.time()
     began = found.started_at
     record = found
@@ -106,8 +114,19 @@ def ended_as(found: RunRecord, job_id: str, seen: Seen | None) -> RunRecord:
         ended_at=now,
         duration_seconds=None if began is None else round(now - began, 3),
         returncode=_returncode(seen),
-        error=ErrorInfo(_TYPES[state], _sentence(found, job_id, seen)),
+        error=ErrorInfo(_TYPES[state], _sentence(found, job_id, seen) + last_said),
     )
+
+
+def _last_said(folder: str, job_id: str) -> str:
+    """What a job's own log ends with, and where it is."""
+    for name in (f"{job_id}_0_log.err", f"{job_id}_0_log.out"):
+        path = Path(folder, name)
+        lines = tail(path, _LOG_TAIL_BYTES).decode("utf-8", "replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        if said:
+            return f": {said[-1]} (see {path})"
+    return ""
 
 
 def _state(found: RunRecord, seen: Seen | None) -> RunState:

@@ -288,10 +288,10 @@ def _refusal(error: Exception) -> str:
     text = str(error)
     lines = [line.strip() for line in text.splitlines() if "error:" in line]
     said = "; ".join(dict.fromkeys(line.partition("error:")[2].strip() for line in lines))
+    said = " ".join((said or text.strip()[-500:]).split()).rstrip(".")
     return (
-        f"sbatch refuses the job: {said or text.strip()[-500:]}. Change what hydra.launcher asks "
-        "for (partition, account, timeout_min, gpus_per_node, mem_gb, …); what was submitted "
-        "before stays, and the same command again submits what is missing."
+        f"sbatch refuses the job: {said}. Change what hydra.launcher asks for (partition, account, "
+        "timeout_min, gpus_per_node, mem_gb, …)."
     )
 
 

@@ -54,6 +54,8 @@ class Waiting:
     job_id: str
     sweep_dir: Path
     submitted_at: float
+    # Where Slurm's own logs of the jobs are.
+    job_logs: str
     # Since when its job has been seen to be over, on the injected clock.
     over_since: float | None = None
     # What Slurm said last, while it knew the job.
@@ -109,7 +111,7 @@ class Watcher:
         self._poll_at = clock() + _FIRST_POLL_S
         self._look_at = clock()
         self._silent = False
-        self._pending_said = ""
+        self._reasons_said: set[str] = set()
         self.failures = failures
         self._closed = False
 
@@ -243,15 +245,15 @@ class Watcher:
             self._progress.running.pop(run.plan.index, None)
 
     def _say_why_pending(self, seen: dict[str, Seen]) -> None:
-        """Say once what keeps jobs from starting that nothing but the user will change."""
-        reasons = {found.reason for found in seen.values() if found.state is RunState.PENDING}
-        hopeless = ", ".join(sorted(reasons & _HOPELESS))
-        if hopeless and hopeless != self._pending_said:
+        """Say once of each reason that is no usual waiting for one's turn."""
+        pending = [found.reason for found in seen.values() if found.state is RunState.PENDING]
+        for reason in sorted(set(pending) - _USUAL - self._reasons_said):
+            self._reasons_said.add(reason)
+            count = plural(pending.count(reason), "job")
             self._progress.say(
-                f"Slurm will not start some jobs as they are ({hopeless}): see scontrol show job "
-                "ID, or stop with Ctrl+C and ask for something else."
+                f"Slurm lets {count} wait for {reason!r} (scontrol show job ID says more). If that "
+                "will never change, Ctrl+C, and ask for something else."
             )
-        self._pending_said = hopeless
 
     def _see_to(self, over: list[Waiting]) -> None:
         """Answer runs whose jobs are over: by their own records, or by what Slurm says."""
@@ -289,7 +291,7 @@ class Watcher:
 
     def _settle(self, run: Waiting, found: Seen | None) -> None:
         try:
-            record = settle(run.run, run.record, run.job_id, found)
+            record = settle(run.run, run.record, run.job_id, found, run.job_logs)
         except OSError as error:
             record = run.record.advance(RunState.LOST)
             self._end(
@@ -308,20 +310,19 @@ class Watcher:
         return f"{plural(running, 'run')} going on and {waiting} waiting"
 
 
-_HOPELESS = frozenset(
+# Why jobs wait that will have their turn.
+_USUAL = frozenset(
     {
-        "AccountNotAllowed",
-        "AssocGrpCPUMinutesLimit",
-        "BadConstraints",
-        "DependencyNeverSatisfied",
-        "InvalidAccount",
-        "InvalidQOS",
-        "JobHeldAdmin",
-        "JobHeldUser",
-        "PartitionNodeLimit",
-        "PartitionTimeLimit",
-        "QOSNotAllowed",
-        "launch failed requeued held",
+        "",
+        "ArrayTaskLimit",
+        "BeginTime",
+        "Cleaning",
+        "Dependency",
+        "JobArrayTaskLimit",
+        "None",
+        "Priority",
+        "Prolog",
+        "Resources",
     }
 )
 
