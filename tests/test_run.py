@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -37,7 +39,7 @@ def test_the_package_offers_the_calls_lazily():
 
 @pytest.mark.parametrize(
     "call",
-    [run.run_dir, lambda: run.log_metrics(1, a=1), lambda: run.save_arrays(a=[1])],
+    [run.run_dir, run.attempt, lambda: run.log_metrics(1, a=1), lambda: run.save_arrays(a=[1])],
 )
 def test_outside_a_run_the_error_says_what_to_do(call):
     with pytest.raises(OrchestratorError, match="run_in"):
@@ -179,3 +181,111 @@ def test_the_outer_run_goes_on_after_an_inner_one(tmp_path):
         with run.run_in(tmp_path / "inner"):
             pass
         assert run.run_dir() == tmp_path / "outer"
+
+
+# --- attempts, and states that are saved, without Slurm ---
+
+GOES_ON = """
+import hydra
+import orchestrator
+
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    number = orchestrator.attempt()
+    assert not orchestrator.is_preempted()
+    saved = orchestrator.run_dir() / "saved"
+    for step in range(int(saved.read_text()) if saved.exists() else 0, 5):
+        orchestrator.log_metrics(step, attempt=number)
+        if step == 2 and number == 1:
+            saved.write_text("3")
+            raise orchestrator.Preempted("saved after step 2")
+    return number
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def _go_on(directory, *words):
+    (directory / "app.py").write_text(GOES_ON)
+    return subprocess.run(
+        [sys.executable, "app.py", *words, "hydra/callbacks=results"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def _record(run_dir):
+    return json.loads((run_dir / "run.json").read_bytes())
+
+
+def test_a_run_in_a_notebook_is_the_first_attempt(tmp_path, monkeypatch):
+    monkeypatch.delenv(run.ATTEMPT_VARIABLE, raising=False)
+    with run.run_in(tmp_path):
+        assert orchestrator.attempt() == 1
+
+
+def test_what_a_run_starts_is_of_the_same_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv(run.ATTEMPT_VARIABLE, "3")
+    with run.run_in(tmp_path):
+        assert orchestrator.attempt() == 3
+
+
+def test_nobody_is_preempted_until_a_warning_comes(monkeypatch):
+    assert not orchestrator.is_preempted()
+    monkeypatch.setattr(run, "_warned", False)  # and back afterwards
+    run.note_warning(signal.SIGUSR2, None)
+    assert orchestrator.is_preempted()
+
+
+@pytest.mark.parametrize("message", [(), ("saved after epoch 3",)])
+def test_preempted_ends_a_task_past_all_that_catches_errors(message):
+    def task():
+        with contextlib.suppress(Exception):
+            raise orchestrator.Preempted(*message)
+
+    with pytest.raises(orchestrator.Preempted) as caught:
+        task()
+    again = pickle.loads(pickle.dumps(caught.value))
+    for one in (caught.value, again):
+        assert isinstance(one, SystemExit)
+        assert one.code == 75
+        assert "saved" in str(one)
+        assert str(one) == "".join(message or [str(orchestrator.Preempted())])
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_in_the_local_queue_a_saved_run_goes_on(tmp_path, retries):
+    """In the next try, or when the same command comes again."""
+    words = ("-m", "hydra/launcher=gpu_queue", "hydra/output=named", "+x=1")
+    words += (f"hydra.launcher.retries={retries}", "hydra.launcher.gpus=[]")
+    done = _go_on(tmp_path, *words)
+    directory = tmp_path / "outputs" / "x_1"
+    if not retries:
+        record = _record(directory)
+        assert (done.returncode, record["state"], record["returncode"]) == (1, "TIMEOUT", 75)
+        assert record["error"]["message"] == "saved after step 2"
+        assert "TIMEOUT x_1: Preempted: saved after step 2" in done.stdout + done.stderr
+        done = _go_on(tmp_path, *words)
+    assert done.returncode == 0, done
+    record = _record(directory)
+    assert (record["state"], record["return_value"]) == ("COMPLETED", 2)
+    assert [one["state"] for one in record["attempts"]] == ["TIMEOUT"]
+    curve = [(line["step"], line["attempt"]) for line in _lines(directory / "metrics.jsonl")]
+    assert curve == [(0, 1), (1, 1), (2, 1), (3, 2), (4, 2)]
+
+
+def test_with_the_callback_alone_attempts_are_counted(tmp_path):
+    words = ("hydra.run.dir=run",)
+    done = _go_on(tmp_path, *words)
+    assert done.returncode == 75, done
+    assert _record(tmp_path / "run")["state"] == "FAILED"
+    done = _go_on(tmp_path, *words)
+    assert done.returncode == 0, done
+    record = _record(tmp_path / "run")
+    assert (record["state"], record["return_value"], len(record["attempts"])) == ("COMPLETED", 2, 1)
