@@ -134,6 +134,15 @@ def example(sweep, **values):
     return place
 
 
+def train(place, *words, warned=False):
+    """The example as one run on this machine, told at its start that its time is nearly up."""
+    code = "import sys, runpy, orchestrator.run as run; sys.argv[0] = 'train.py'; "
+    code += "run.note_warning(); " if warned else ""
+    code += "runpy.run_path('train.py', run_name='__main__')"
+    words = ("hydra/callbacks=results", "seconds_per_epoch=0", *words)
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=place, check=False, timeout=30)
+
+
 def states_of(attempts):
     return [(attempt["state"], (attempt["error"] or {}).get("type")) for attempt in attempts]
 
@@ -182,8 +191,7 @@ def a_checkpoint_at_the_time_limit(slurm, sweep):
     assert len(record["attempts"]) == 1
     assert f"goes on from epoch {len(saved)}" in (first / "train_stdout.log").read_text()
     # As if nothing had happened.
-    alone = ("hydra/callbacks=results", "hydra.run.dir=alone", "seconds_per_epoch=0")
-    subprocess.run([sys.executable, "train.py", *alone], cwd=place, check=True, timeout=30)
+    assert train(place, "hydra.run.dir=alone").returncode == 0
     assert curve(first) == curve(place / "alone")
     assert [step for step, _ in curve(first)] == list(range(1, 61))
     assert record["return_value"] == curve(first)[-1][1]
@@ -435,7 +443,8 @@ def test_preemption(preempting, sweep, tmp_path):
             )
         for one in (polite, rude):
             one.until_started(1, 2)
-        urgent = preempting.sbatch("-p", "urgent", "-c", "8", "--wrap", "sleep 0.5")
+        words = ("--partition=urgent", "--cpus-per-task=8", "--output=/dev/null")
+        urgent = preempting.sbatch(*words, "--wrap", "sleep 0.5")
         # One is warned, and ends when all it does is saved or done.
         until(lambda: polite.notes("saved"), 20, lambda: polite)
         assert polite.states()[2] == "RUNNING"
@@ -460,6 +469,21 @@ def test_preemption(preempting, sweep, tmp_path):
 
 
 # --- what needs no Slurm ---
+
+
+@pytest.mark.parametrize(("epochs", "status"), [(1, 0), (3, 75)])
+def test_the_example_without_slurm(tmp_path, epochs, status):
+    """One that is warned in its last epoch is done."""
+    shutil.copytree(EXAMPLE, tmp_path / "example")
+    words = (f"epochs={epochs}", "hydra.run.dir=run")
+    assert train(tmp_path / "example", *words, warned=True).returncode == status
+    run = tmp_path / "example" / "run"
+    if status:
+        assert json.loads((run / "run.json").read_bytes())["state"] == "FAILED"
+        assert train(tmp_path / "example", *words).returncode == 0
+    record = json.loads((run / "run.json").read_bytes())
+    assert record["state"] == "COMPLETED"
+    assert record["return_value"] == curve(run)[-1][1] < 1
 
 
 def job_time(**changes):
