@@ -22,7 +22,7 @@ from orchestrator.results.reading import Reading, read_runs
 from orchestrator.store import read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from orchestrator.slurm.reconcile import Given
     from orchestrator.slurm.stop import Stopped
@@ -35,7 +35,8 @@ _LOOK_S = 0.1
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("directory", default="outputs", type=click.Path())
 @click.option("--sweep", "sweep_id", metavar="ID", help="Which, where several go on.")
-def stop(directory: str, sweep_id: str | None) -> None:
+@click.option("--all", "every", is_flag=True, help="All that go on.")
+def stop(directory: str, sweep_id: str | None, every: bool) -> None:
     """End a sweep: what runs is ended and what waits does not start; all are CANCELLED.
 
     Means the sweep with outputs in DIRECTORY (default: outputs) that goes on: on this machine,
@@ -46,9 +47,11 @@ def stop(directory: str, sweep_id: str | None) -> None:
     Examples:
       orchestrator-status stop
       orchestrator-status stop outputs/mlp --sweep 20260101-120000-1a2b3c
+      orchestrator-status stop outputs/mlp --all
     """  # noqa: D301 - click reads the backspace
     with reported_errors():
-        click.echo(printable(_stop(directory, sweep_id), limit=None))
+        for text in _stop(directory, sweep_id, every=every):
+            click.echo(printable(text, limit=None))
 
 
 @dataclass
@@ -57,7 +60,13 @@ class _Target:
 
     directory: Path
     launcher: SweepFile | None = None
-    given: list[Given] = field(default_factory=list)
+    # Its jobs that Slurm has in its queue.
+    jobs: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        what = [plural(len(self.jobs), "job")] if self.jobs else []
+        what += ["its launcher"] if self.launcher else []
+        return f"{self.sweep_id} (in {self.root}: {' and '.join(what)})"
 
     @property
     def sweep_id(self) -> str:
@@ -68,53 +77,68 @@ class _Target:
         return self.directory.parent.parent
 
 
-def _stop(directory: str, wanted: str | None) -> str:
-    target = _choose(directory, wanted)
-    if target is None:
-        return f"Nothing is left to stop below {directory!r}."
-    said = []
-    if target.launcher is not None:
-        said.append(_end_launcher(target, target.launcher))
-    if (target.directory / LEDGER).exists():
-        said.append(_cancel(target))
-    return " ".join(filter(None, said))
+def _stop(directory: str, wanted: str | None, *, every: bool) -> Iterator[str]:
+    targets = _choose(directory, wanted, every=every)
+    if not targets:
+        yield f"Nothing is left to stop below {directory!r}."
+    for target in targets:
+        said = []
+        if target.launcher is not None:
+            said.append(_end_launcher(target, target.launcher))
+        if (target.directory / LEDGER).exists():
+            said.append(_cancel(target))
+        yield " ".join(filter(None, said))
 
 
 # Which sweep.
 
 
-def _choose(directory: str, wanted: str | None) -> _Target | None:
-    """The one sweep that goes on below a directory, or the one that is named; None: none does.
+def _choose(directory: str, wanted: str | None, *, every: bool) -> list[_Target]:
+    """The sweep that goes on below a directory, or the one that is named, or all of them.
+
+    A launcher that waits here for what earlier ones have submitted has all of it: it is the one.
 
     Raises:
         OrchestratorError: it has to be said which, or it cannot be stopped from here.
     """
-    reading = read_runs([directory])
-    targets = _on_slurm(reading, directory)
+    targets = _on_slurm(read_runs([directory]), directory)
     unfinished = unfinished_sweeps(Path(directory))
     for path, sweep in unfinished:
         if sweep.runs_here:
             key = Path(os.path.realpath(path))
             targets.setdefault(key, _Target(key)).launcher = sweep
     chosen = [target for target in targets.values() if wanted in (None, target.sweep_id)]
-    if len(chosen) == 1:
-        return chosen[0]
+    if len(chosen) == 1 or (every and chosen):
+        # (A launcher first: it may be about to submit more.)
+        return sorted(chosen, key=lambda target: target.launcher is None)
+    launchers = [target for target in chosen if target.launcher]
+    if len(launchers) == 1 and len({target.root for target in chosen}) == 1:
+        return launchers
     if chosen or (targets and wanted):
         raise OrchestratorError(_which(directory, wanted, targets))
     away = [s for _, s in unfinished if s.host != hostname() and wanted in (None, s.sweep_id)]
     if away:
         raise OrchestratorError(_is_away(away))
-    return None
+    return []
 
 
 def _on_slurm(reading: Reading, directory: str) -> dict[Path, _Target]:
-    """Sweeps below a directory that have runs on Slurm without a final record."""
-    given = _given(reading)
+    """Sweeps below a directory whose jobs are in Slurm's queue."""
+    given = [run for run in _given(reading) if run.job_id]
+    if not given:
+        return {}
+    from orchestrator.slurm.client import SlurmClient
+    from orchestrator.slurm.reconcile import of_this_cluster
+
+    client = SlurmClient()
+    given = of_this_cluster(given, client)
+    seen = client.poll({run.job_id for run in given})
     top = Path(os.path.realpath(directory))
     targets: dict[Path, _Target] = {}
     for run in given:
-        if run.sweep_dir.is_relative_to(top) and run.job_id:
-            targets.setdefault(run.sweep_dir, _Target(run.sweep_dir)).given.append(run)
+        live = run.job_id in seen and not seen[run.job_id].state.is_final
+        if live and run.sweep_dir.is_relative_to(top):
+            targets.setdefault(run.sweep_dir, _Target(run.sweep_dir)).jobs.add(run.job_id)
     return targets
 
 
@@ -132,11 +156,12 @@ def _given(reading: Reading) -> list[Given]:
 
 
 def _which(directory: str, wanted: str | None, targets: Mapping[Path, _Target]) -> str:
-    ids = ", ".join(f"{target.sweep_id} (in {target.root})" for target in targets.values())
+    known = ", ".join(map(str, targets.values()))
     if wanted:
-        return f"Sweep {wanted} does not go on below {directory!r}. These do: {ids}."
+        return f"Sweep {wanted} does not go on below {directory!r}. These do: {known}."
     count = len(targets)
-    return f"{count} sweeps go on below {directory!r}: {ids}. Name one with --sweep ID."
+    text = f"{count} sweeps go on below {directory!r}: {known}"
+    return f"{text}. Name one with --sweep ID, or stop all of them with --all."
 
 
 def _is_away(sweeps: list[SweepFile]) -> str:

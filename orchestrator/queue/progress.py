@@ -89,6 +89,8 @@ class Progress:
         self._stream = stream or sys.stdout
         self._began = time.monotonic()
         self._stopping = False
+        # Whether runs that are cancelled are only counted: the user has asked for it.
+        self.brief = False
 
     @property
     def ended(self) -> int:
@@ -144,6 +146,8 @@ class Progress:
         self.running.pop(index, None)
         self.states[record.state] += 1
         self.settings.count(overrides)
+        if self.brief and record.state is RunState.CANCELLED:
+            return
         if record.state is not RunState.COMPLETED:
             self.say(failure_line(record, directory))
         self.report(record)

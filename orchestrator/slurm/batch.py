@@ -10,18 +10,19 @@ if TYPE_CHECKING:
 
 # A shell that waits for its job's first process: Slurm's warning, which only the shell gets, is
 # handed on; the signal that ends the job, which all get, does not end the shell before the runs
-# have their records. An interrupted `wait` returns the signal's number and is tried again.
+# have their records. An interrupted `wait` returns the signal's number and is tried again. (The
+# user's own lines may have said `set -eu`.)
 _WAIT = """\
-trap 'kill -USR2 "$first"' USR2
-trap : TERM
 {command} &
 first=$!
-wait "$first"; status=$?
+trap 'kill -USR2 "$first"' USR2
+trap : TERM
+status=0; wait "$first" || status=$?
 while [ "$status" -gt 128 ] && kill -0 "$first" 2>/dev/null; do
-  wait "$first"; status=$?
+  status=0; wait "$first" || status=$?
 done
 if [ "$status" -gt 128 ]; then
-  wait "$first" 2>/dev/null; again=$?
+  again=0; wait "$first" 2>/dev/null || again=$?
   [ "$again" -eq 127 ] || status=$again
 fi"""
 

@@ -76,6 +76,8 @@ class SlurmLaunch:
     ended: Callable[[Plan, Ended], None] = nobody_listens
     answers: Answers = field(init=False)
     waiting: list[Waiting] = field(default_factory=list)
+    # Whose sweep's each run was when it was looked at, by the plan's index.
+    known: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.answers = Answers(self, len(self.points), self.first_num)
@@ -140,6 +142,7 @@ class SlurmLaunch:
         found = []
         for plan in plans:
             record = RunDir(plan.directory).try_read()
+            self.known[plan.index] = "" if record is None else record.sweep_id
             if record is None or (record.state.is_final and not was_cut_short(record)):
                 continue
             job_id = ledgers.job_of(record.sweep_id, record.index)
@@ -182,20 +185,26 @@ class SlurmLaunch:
             except Exception as error:  # noqa: BLE001 - the run's own failure; the others go on
                 self._cannot_start(plan.index, plan.num, plan.overrides, error)
             else:
-                yield asked
+                if asked is not None:
+                    yield asked
 
-    def _ask_one(self, plan: Plan) -> Asked:
+    def _ask_one(self, plan: Plan) -> Asked | None:
         config = self.composer.compose(plan.overrides)
         number_job(config, plan.num)
         wanted = self.resources.of(config)
         packed = self.shipper.pack_config(config)
-        record = write_waiting(RunDir(plan.directory), self.planner.record(plan, self.sweep))
-        if record is None:
+        record = self.planner.record(plan, self.sweep)
+        before = self.known.get(plan.index, "")
+        found = write_waiting(RunDir(plan.directory), record, before, resume=self.planner.resume)
+        if found is None or (found.sweep_id != record.sweep_id and not found.success):
             raise SweepError(
-                f"{plan.directory} is being worked in by another launcher, which does not do it on "
-                "Slurm. Wait for it, and type the same command again."
+                f"{plan.directory} is being worked in, or was submitted just now, by another "
+                "launcher. Wait for it, and type the same command again."
             )
-        return Asked(plan, record, packed, wanted)
+        if found.sweep_id != record.sweep_id:  # it has been done while this launch was planned
+            self.answers.take_recorded(plan, found)
+            return None
+        return Asked(plan, found, packed, wanted)
 
     # --- submission ---
 
@@ -293,6 +302,7 @@ class SlurmLaunch:
         ids = " ".join(collapse(watcher.jobs))
         self.progress.say(f"Cancelling {ids}; Ctrl+C again leaves what is left to Slurm.")
         self.progress.stopping(0)
+        self.progress.brief = True
         try:
             self.client.cancel(watcher.jobs)
         except SlurmUnreachable as error:

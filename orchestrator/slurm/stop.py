@@ -67,7 +67,11 @@ def stop_jobs(
     until = clock() + client.limits().kill_wait_s + _CANCEL_S
     while stopping.take(find()) and clock() < until:
         stopping.wait(until)
-    given = list(stopping.given.values())
+    given = [
+        run
+        for run in stopping.given.values()
+        if not run.record.state.is_final or run.job_id in stopping.cancelled
+    ]
     # (By now nobody but Slurm itself has anything to say of them.)
     runs = standings(given, client, cancelled=stopping.cancelled, sleep=sleep)
     return Stopped(list(stopping.cancelled), runs, stopping.live)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from orchestrator.record import RunState
 from orchestrator.slurm.batch import batch_command
 from orchestrator.slurm.ledger import Job, Ledger, write_ledger
 from orchestrator.slurm.pack import ENDED, JobTime, Pack, PackedRun
@@ -295,16 +296,31 @@ def _refusal(error: Exception) -> str:
     )
 
 
-def write_waiting(run: RunDir, record: RunRecord) -> RunRecord | None:
+def write_waiting(run: RunDir, record: RunRecord, before: str, *, resume: bool) -> RunRecord | None:
     """Write the record of a run that is about to be submitted.
 
+    Args:
+        run: its directory.
+        record: PENDING.
+        before: the sweep that had the run when this launch looked at it.
+        resume: whether a COMPLETED record answers instead.
+
     Returns:
-        The record as written; None where somebody works on the run now.
+        The record as written; what somebody else has made of the run in the meantime: it is
+        COMPLETED, or another sweep's now; None where somebody works on it.
     """
     lock = RunLock.acquire(run)
     if lock is None:
         return None
     try:
+        # A directory that is opened is looked at anew by the clients of a file server.
+        with os.scandir(run.path):
+            pass
+        found = run.try_read()
+        if found is not None and found.fingerprint == record.fingerprint:
+            done = found.state is RunState.COMPLETED and resume
+            if done or (not found.state.is_final and found.sweep_id != before):
+                return found
         record = msgspec.structs.replace(record, attempts=run.begin_attempt())
         run.write(record)
     finally:

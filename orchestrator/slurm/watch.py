@@ -66,6 +66,12 @@ class Waiting:
         return RunDir(self.plan.directory)
 
     @property
+    def never_began(self) -> bool:
+        """Whether Slurm has said that the job ended without ever having had a node."""
+        seen = self.seen
+        return seen is not None and seen.state is RunState.CANCELLED and not seen.node
+
+    @property
     def ended_file(self) -> Path:
         return self.sweep_dir / ENDED / str(self.record.index)
 
@@ -218,6 +224,8 @@ class Watcher:
             self._heed(seen)
         age = self._clock() - self._began
         pause = max(_FIRST_POLL_S, age * _POLL_SHARE, took / _QUERY_SHARE)
+        if any(run.over_since is not None for run in self._left.values()):
+            pause = min(pause, _LAST_WORDS_S)  # somebody's last word is awaited
         self._poll_at = self._clock() + min(pause, self._longest_poll_s)
 
     def _heed(self, seen: dict[str, Seen]) -> None:
@@ -232,8 +240,6 @@ class Watcher:
                 continue
             if run.over_since is None:
                 run.over_since = now
-                # A last word may come with the next look.
-                self._poll_at = now
             over.append(run)
         self._say_why_pending(seen)
         self._see_to(over)
@@ -263,7 +269,7 @@ class Watcher:
             if self._take_report(run) or self._take_record(run):
                 continue
             assert run.over_since is not None
-            if now - run.over_since >= _LAST_WORDS_S:
+            if now - run.over_since >= _LAST_WORDS_S or run.never_began:
                 silent.append(run)
         if not silent:
             return
