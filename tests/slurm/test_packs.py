@@ -15,9 +15,9 @@ from slurm_sweeps import until
 
 from orchestrator.queue.settings import QueueSettings
 from orchestrator.slurm import allocation
+from orchestrator.slurm.cut import arrays, lanes, packs
 from orchestrator.slurm.resources import check_text, tasks_of
 from orchestrator.slurm.start import pack_file
-from orchestrator.slurm.submit import arrays, lanes, packs
 from orchestrator.sweep.errors import SweepError
 
 # Until runs of a job that somebody cancels, or kills, read so.
@@ -37,6 +37,16 @@ import orchestrator
 plain = app.behave
 
 
+class LongStory(Exception):
+    def __reduce__(self):
+        app.note("telling", self.args[0])
+        time.sleep(1.0)
+        return LongStory, ("no config",)
+
+    def __str__(self):
+        return "a long story"
+
+
 def behave(what, cfg):
     if what == "flaky" and orchestrator.attempt() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,6 +56,8 @@ def behave(what, cfg):
         finally:
             time.sleep(0.5)
             app.note("tidied", cfg)
+    if what == "long story":
+        raise LongStory(cfg)
     if what.startswith("use "):
         sys.path.insert(0, os.environ["NVML_STUB_TOOLS"])
         import use_gpu
@@ -251,13 +263,16 @@ def test_memory_of_watched_gpus(packed, nvml):
 def test_a_pack_is_cancelled_and_another_loses_its_first_process(slurm, packed):
     """What runs and what waits in it is told apart from what never came; no other job is hurt."""
     sweep = packed()
-    sweep.plan({0: "tidy", 1: "tidy", "all": "gate"})
+    sweep.plan({0: "tidy", 1: "gate, long story", "all": "gate"})
     words = ("x=range(10)", "hydra.launcher.runs_per_job=4", "hydra.launcher.gpus_per_node=2")
     running = sweep.start(*words, app="packed.py")
     sweep.until_started(0, 1, 4, 5, 8, 9)
+    sweep.open(1)
+    until(lambda: sweep.notes("telling"), 10, lambda: sweep)
     slurm.run("scancel", sweep.job(0))
     os.kill(min(slurm.job_processes(sweep.job(4))), signal.SIGKILL)
-    cancelled = sweep.until_states(dict.fromkeys(range(4), "CANCELLED"))
+    ends = dict.fromkeys(range(4), "CANCELLED") | {1: {"FAILED", "CANCELLED"}}
+    cancelled = sweep.until_states(ends)
     killed = sweep.until_states({x: {"FAILED", "LOST"} for x in range(4, 8)})
     print(f"cancelled after {cancelled:.1f} s, a killed first process noticed {killed:.1f} s later")
     assert cancelled + killed < NOTICED_S
@@ -271,8 +286,9 @@ def test_a_pack_is_cancelled_and_another_loses_its_first_process(slurm, packed):
     assert all(record["error"]["message"] for x, record in records.items() if x < 8), records
     assert "launcher" not in records[4]["error"]["message"], records[4]["error"]
     assert [records[x]["started_at"] is None for x in (0, 2, 4, 6)] == [False, True, False, True]
-    # A task that is asked to end may tidy up undisturbed.
-    assert sorted(note[1] for note in sweep.notes("tidied")) == [0, 1]
+    # A task that is asked to end may tidy up undisturbed; so may what describes its error.
+    assert [note[1] for note in sweep.notes("tidied")] == [0]
+    assert records[1]["error"]["type"] in {"LongStory", "SLURM_ENDED"}, records[1]["error"]
     # All of it is missing, and what never began has had no attempt.
     sweep.plan({})
     again = sweep.run(*words, app="packed.py")
@@ -463,15 +479,20 @@ def test_arrays_are_few_and_nearly_equal(count, most):
     assert len(sizes) == -(-count // most)
 
 
-@given(st.integers(1, 300), st.integers(1, 1_000))
-@example(3, 2)
-def test_lanes_are_all_used(count, at_a_time):
-    """The arrays together never run more than that; one that may run none waits for another."""
-    shares = lanes(count, at_a_time)
-    assert len(shares) == count
-    assert sum(shares) == at_a_time
-    assert max(shares) - min(shares) <= 1
-    assert shares == sorted(shares, reverse=True), "what waits comes after what it waits for"
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.integers(1, 300))
+@example([1] * 6, 3)
+@example([1, 999], 10)
+def test_lanes_are_all_used(sizes, at_a_time):
+    """The arrays together never run more than that, and as many wherever they have them."""
+    found = lanes(sizes, at_a_time)
+    assert len(found) == len(sizes)
+    first = [share for share, after in found if after is None]
+    assert sum(first) == min(at_a_time, sum(sizes) if len(first) == len(sizes) else at_a_time)
+    for number, (share, after) in enumerate(found):
+        assert 1 <= share <= sizes[number]
+        assert after is None or (after < number and found[after][0] >= share)
+    followers = [after for _, after in found if after is not None]
+    assert len(followers) == len(set(followers)), "one array follows one"
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=60), st.integers(1, 8))

@@ -308,6 +308,7 @@ def test_jobs_that_do_not_go_on(together):
         no_timeout_is_left,
         slurm_refuses,
         cancelled_after_the_warning,
+        warned_before_anything_runs,
         children_of_runs_are_not_warned,
     )
 
@@ -380,6 +381,22 @@ def cancelled_after_the_warning(slurm, sweep):
     assert done.status == 1, done
     assert set(sweep.states().values()) == {"CANCELLED"}, done
     assert sweep.sacct() == {sweep.job(0): "CANCELLED"}
+
+
+def warned_before_anything_runs(slurm, sweep):
+    """The warning comes while setup lines are at work; the job lives on."""
+    begun, go = sweep.directory / "begun", sweep.directory / "go"
+    wait = f"touch {begun}; while [ ! -e {go} ]; do sleep 0.05; done"
+    running = sweep.start(
+        *("x=0", "hydra.launcher.max_num_timeout=1", f"hydra.launcher.setup=['{wait}']"),
+        app="warned.py",
+    )
+    until(begun.exists, 20, lambda: sweep)
+    warn(slurm, sweep, 0)
+    go.touch()
+    done = running.wait(20)
+    assert done.status == 0, done
+    assert sweep.states() == {0: "COMPLETED"}
 
 
 def job_log(sweep):
