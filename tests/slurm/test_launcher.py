@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from slurm_cluster import processes, until
-from slurm_sweeps import WORDS
+from slurm_sweeps import WORDS, Sweeps
 
 # Until a cancelled job reads CANCELLED, however Slurm tells.
 NOTICED_S = 15.0
@@ -90,43 +92,49 @@ def test_ends_of_all_kinds(slurm, sweep):
     assert "Submitted" not in third.text
 
 
-def test_a_node_dies(slurm, sweep, tmp_path):
-    """Slurm may put the job back into its queue, or not."""
-    twin = type(sweep)(slurm, tmp_path / "twin")
+def test_nodes_fail_and_jobs_are_put_back(slurm, sweep, tmp_path):
+    """A job that starts anew is another attempt; one that Slurm gives up is LOST."""
+    twin = Sweeps(slurm, tmp_path / "twin")
     for one in (sweep, twin):
-        one.plan({1: "gate"})
+        one.plan(dict.fromkeys((1, 2, 3), "gate"))
     try:
         where = "hydra.launcher.nodelist=node${x}"
-        back = sweep.start("x=1,2", where)
-        lost = twin.start("x=1,2", where, "+hydra.launcher.additional_parameters.no-requeue=true")
-        sweep.until_started(1)
-        twin.until_started(1)
+        back = sweep.start("x=1,3,4", where)
+        lost = twin.start("x=1,2,4", where, "+hydra.launcher.additional_parameters.no-requeue=true")
+        sweep.until_started(1, 3)
+        twin.until_started(1, 2)
+        slurm.scontrol("requeue", sweep.job(3))
+        # One node is taken out of service: Slurm asks its jobs to end. One dies.
+        slurm.down("node2")
         with slurm.stopped("node1"):
             for one in (sweep, twin):
                 _die(slurm, one.job(1))
             slurm.down("node1")
-            noticed = twin.until_states({1: "LOST", 2: "COMPLETED"})
-            print(f"LOST {noticed:.1f} s after its node died")
+            noticed = twin.until_states({1: "LOST", 2: "LOST", 4: "COMPLETED"})
+            print(f"LOST {noticed:.1f} s after nodes failed")
             done = lost.wait()
-            assert done.status == 1, done
-            assert "NODE_FAIL" in twin.records()[1]["error"]["message"]
-            assert "node1" in twin.records()[1]["error"]["message"]
             # The other waits for the node; it is no end.
             assert back.is_going_on
-        began = time.monotonic()
+        assert done.status == 1, done
+        for x in (1, 2):
+            message = twin.records()[x]["error"]["message"]
+            assert "NODE_FAIL" in message
+            assert f"node{x}" in message
         sweep.open()
+        began = time.monotonic()
         slurm.resume("node1")
         done = back.wait()
-        print(f"done {time.monotonic() - began:.1f} s after its node came back")
+        print(f"done {time.monotonic() - began:.1f} s after the node came back")
     finally:
         twin.end()
     assert done.status == 0, done
-    assert sweep.states() == {1: "COMPLETED", 2: "COMPLETED"}
-    assert sweep.started() == [1, 1, 2]
-    record = sweep.records()[1]
-    assert record["return_value"]["attempt"] == 2
-    assert [attempt["state"] for attempt in record["attempts"]] == ["LOST"]
-    assert record["attempts"][0]["started_at"] < record["started_at"]
+    assert sweep.started() == [1, 1, 3, 3, 4]
+    assert set(sweep.states().values()) == {"COMPLETED"}
+    for x, states in {1: ["LOST"], 3: ["CANCELLED"], 4: []}.items():
+        record = sweep.records()[x]
+        assert [attempt["state"] for attempt in record["attempts"]] == states
+        assert record["return_value"]["attempt"] == len(states) + 1
+        assert all(attempt["started_at"] < record["started_at"] for attempt in record["attempts"])
 
 
 def _die(slurm, job):
@@ -139,120 +147,108 @@ def _die(slurm, job):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_node_is_taken_down(slurm, sweep):
-    """Slurm then asks its jobs to end; nobody has cancelled them."""
-    sweep.plan({1: "gate"})
-    running = sweep.start("x=1", "+hydra.launcher.additional_parameters.no-requeue=true")
-    sweep.until_started(1)
-    slurm.down(slurm.job(sweep.job(1))["NodeList"])
-    done = running.wait(30)
-    assert done.status == 1, done
-    record = sweep.records()[1]
-    assert record["state"] == "LOST", record
-    assert "NODE_FAIL" in record["error"]["message"]
-
-
 @pytest.mark.parametrize("how", [None, "disabled", "down", "hangs"])
 def test_scancel(slurm, sweep, how):
     """Jobs that somebody cancels read CANCELLED soon, with accounting and without."""
     sweep.plan({"all": "gate"})
     took = {}
-    words = ("x=range(6)", "hydra.launcher.array_parallelism=2")
-    held = ("x=range(6,9)", "+hydra.launcher.additional_parameters.hold=true")
-    if how is None:
-        _cancel(slurm, sweep, words, held, took)
-    else:
-        with slurm.without_sacct(how):
-            _cancel(slurm, sweep, words, held, took)
+    with slurm.without_sacct(how) if how else contextlib.nullcontext():
+        _cancel(slurm, sweep, took)
     print(f"sacct {how or 'there'}:", ", ".join(f"{k} {v:.1f} s" for k, v in took.items()))
     assert max(took.values()) < NOTICED_S
 
 
-def _cancel(slurm, sweep, words, held, took):
-    other = sweep.start(*held)
-    running = sweep.start(*words)
+def _cancel(slurm, sweep, took):
+    held = sweep.start("x=range(4,6)", "+hydra.launcher.additional_parameters.hold=true")
+    running = sweep.start("x=range(4)", "hydra.launcher.array_parallelism=2")
     sweep.until_started(0, 1)
-    other.says("JobHeld", timeout=15)
+    # (Said for "JobHeldUser", and for "JobHeldAdmin", which it is for root.)
+    held.says("JobHeld")
     job = running.array
-    # One task of an array that waits.
-    slurm.run("scancel", f"{job}_2")
-    took["a waiting task"] = sweep.until_states({2: "CANCELLED"})
-    # A whole array that waits.
-    slurm.run("scancel", other.array)
-    took["a waiting array"] = sweep.until_states(dict.fromkeys((6, 7, 8), "CANCELLED"))
     began = time.monotonic()
-    ended = other.wait(NOTICED_S)
-    took["the end of its launcher"] = time.monotonic() - began
+    slurm.run("scancel", f"{job}_1", f"{job}_2", held.array)
+    for what, x in {"a running task": 1, "a waiting array": 5, "a waiting task": 2}.items():
+        sweep.until_states({x: "CANCELLED"})
+        took[what] = time.monotonic() - began
+    ended = held.wait(NOTICED_S)
     assert ended.status != 0, ended
-    # One that runs.
-    slurm.run("scancel", f"{job}_1")
-    took["a running task"] = sweep.until_states({1: "CANCELLED"})
     sweep.open()
     done = running.wait()
     assert done.status != 0, done
-    states = sweep.states()
-    assert {x for x in states if states[x] == "CANCELLED"} == {1, 2, 6, 7, 8}
-    assert {x for x in states if states[x] == "COMPLETED"} == {0, 3, 4, 5}
-    assert sweep.started() == [0, 1, 3, 4, 5]
+    assert sweep.states() == {
+        **dict.fromkeys((1, 2, 4, 5), "CANCELLED"),
+        **dict.fromkeys((0, 3), "COMPLETED"),
+    }
+    assert sweep.started() == [0, 1, 3]
     records = sweep.records()
-    for x in (1, 2, 6, 7, 8):
-        assert records[x]["error"]["message"], records[x]
-    assert records[2]["started_at"] is None
+    assert all(records[x]["error"]["message"] for x in (1, 2, 4, 5))
+    assert [records[x]["started_at"] is None for x in (1, 2, 4, 5)] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("accounting", [True, False])
 def test_jobs_that_slurm_forgot(slurm, sweep, accounting):
     """squeue shows jobs that ended for some minutes only."""
-    sweep.plan({1: "gate", 2: "gate"})
+    sweep.plan({"all": "gate"})
     # As after MinJobAge, whatever the format.
     real = slurm.run("which", "squeue").stdout.strip()
-    forgets = (
-        f"#!/bin/sh\n{real} \"$@\" | grep -v -E 'CANCELLED|COMPLETED|FAILED|\\bCA\\b'\nexit 0\n"
-    )
-    with slurm.shim("squeue", forgets):
-        running = sweep.start("x=range(1,5)", "hydra.launcher.array_parallelism=1")
-        sweep.until_started(1)
-        job = running.array
-        if accounting:
-            slurm.run("scancel", f"{job}_2")
-            took = sweep.until_states({3: "CANCELLED"})
-        else:
-            with slurm.without_sacct():
-                slurm.run("scancel", f"{job}_2")
-                took = sweep.until_states({3: "CANCELLED"})
-        sweep.open(1)
-        sweep.until_started(2)
+    ends = "CANCELLED|COMPLETED|FAILED|\\bCA\\b"
+    forgets = f"#!/bin/sh\n{real} \"$@\" | grep -v -E '{ends}'\nexit 0\n"
+    without = contextlib.nullcontext() if accounting else slurm.without_sacct()
+    with slurm.shim("squeue", forgets), without:
+        running = sweep.start("x=range(4)", "hydra.launcher.array_parallelism=3")
+        sweep.until_started(0, 1, 2)
+        began = time.monotonic()
+        slurm.run("scancel", sweep.job(3))
         # All its processes at once: nobody is left to say how it ended.
-        slurm.kill_job_process(f"{job}_1")
-        sweep.until_states({2: {"FAILED", "LOST"}})
+        slurm.kill_job_process(sweep.job(1))
+        sweep.until_states({1: {"FAILED", "LOST"}, 3: "CANCELLED"})
+        took = time.monotonic() - began
+        sweep.open()
         done = running.wait()
-    print(f"sacct {accounting}: a forgotten task noticed after {took:.1f} s")
+    print(f"forgotten jobs, sacct {accounting}: {took:.1f} s")
     assert took < NOTICED_S
     assert done.status != 0
-    assert sweep.states()[1] == sweep.states()[4] == "COMPLETED"
+    assert sweep.states()[0] == sweep.states()[2] == "COMPLETED"
 
 
-def test_slurmctld_away(slurm, sweep):
+def test_slurmctld_away(slurm, sweep, tmp_path):
     """A controller that is away for a while ends nothing; without one there is no sweep."""
-    sweep.plan({1: "gate", 2: "gate", 3: "gate"})
-    running = sweep.start("x=1,2,3", "hydra.launcher.array_parallelism=2")
-    sweep.until_started(1, 2)
-    with slurm.stopped("slurmctld"):
-        running.says("What runs goes on", timeout=30)
-        sweep.open(1)
-        running.says("Completed 1 out of 3")
-        assert sweep.states()[2] == "RUNNING"
-        assert sweep.states()[3] == "PENDING"
-        refused = sweep.run("x=9")
-        assert refused.status == 1, refused
-        assert 9 not in sweep.states(), refused
-        assert "Slurm's" in refused.text
-        assert "Traceback" not in refused.text, refused
-    running.says("Slurm answers again", timeout=30)
-    sweep.open()
-    done = running.wait()
+    twin = Sweeps(slurm, tmp_path / "twin")
+    for one in (sweep, twin):
+        one.plan({1: "gate", 2: "gate", 3: "gate"})
+    try:
+        running = sweep.start("x=1,2,3", "hydra.launcher.array_parallelism=2")
+        stopped = twin.start("x=1,2")
+        sweep.until_started(1, 2)
+        twin.until_started(1, 2)
+        with slurm.stopped("slurmctld"):
+            new = sweep.start("x=9")
+            stopped.signal(signal.SIGINT)
+            sweep.open(1)
+            running.says("Completed 1 out of 3")
+            # Nothing can be cancelled then; it says so, and what to do.
+            ended = stopped.wait(30)
+            assert ended.status == 130, ended
+            assert "scancel" in ended.text
+            assert "Left to Slurm" in ended.text
+            refused = new.wait(30)
+            assert refused.status == 1, refused
+            assert "Slurm's" in refused.text
+            for done in (ended, refused):
+                assert "Traceback" not in done.text, done
+            running.says("What runs goes on", timeout=30)
+            assert sweep.states() == {1: "COMPLETED", 2: "RUNNING", 3: "PENDING"}
+        running.says("Slurm answers again", timeout=30)
+        for one in (sweep, twin):
+            one.open()
+        again = twin.run("x=1,2")
+        done = running.wait()
+    finally:
+        twin.end()
     assert done.status == 0, done
     assert sweep.started() == [1, 2, 3]
+    assert again.status == 0, again
+    assert twin.started() == [1, 2]
 
 
 def test_composed_once(slurm, sweep):
@@ -336,13 +332,26 @@ def test_hostile_texts(slurm, sweep):
     assert "Submitted" not in again.text, again
 
 
+def test_a_percent_sign_in_the_current_directory(slurm, tmp_path):
+    """Slurm would put its logs elsewhere."""
+    sweep = Sweeps(slurm, tmp_path / "100%j")
+    try:
+        done = sweep.run("x=1")
+    finally:
+        sweep.end()
+    assert done.status == 1, done
+    assert "100%j" in done.text
+    assert "Traceback" not in done.text
+    assert [path.name for path in tmp_path.iterdir()] == ["100%j"]
+
+
 def _quoted(text):
     """As Hydra reads a text that may hold anything."""
     return "'" + text.replace("'", "\\'") + "'"
 
 
 REFUSED = {
-    "hydra.sweep.dir=out%put": "'out%put'",
+    "hydra.sweep.dir=out%put": "out%put'",
     "hydra.launcher.gpus_per_node=9": "sbatch refuses",
     "hydra.launcher.partition=nowhere": "nowhere",
     "hydra.launcher.cpus_per_task=x": "hydra.launcher",
@@ -353,15 +362,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("word", "said"), REFUSED.items(), ids=range(len(REFUSED)))
-def test_refused(sweep, word, said):
+def test_refused(sweep):
     """What cannot be is told in a sentence, and leaves nothing behind that waits for ever."""
-    done = sweep.run("x=1,2", word, timeout=20)
-    assert done.status == 1, done
-    assert said in done.text
-    assert "Traceback" not in done.text, done
-    assert done.text.count(said) == 1, done
-    assert "PENDING" not in sweep.states().values()
+    for word, said in REFUSED.items():
+        done = sweep.run("x=1,2", word, timeout=20)
+        assert done.status == 1, done
+        assert done.text.count(said) == 1, done
+        assert "Traceback" not in done.text, done
+        assert "PENDING" not in sweep.states().values(), done
     assert not sweep.notes()
     again = sweep.run("x=1,2", timeout=40)
     assert again.status == 0, again
@@ -417,26 +425,56 @@ def test_stop_when_the_first_fails_at_once(sweep):
     ), done
 
 
-def test_held_and_put_back_by_hand(slurm, sweep):
-    """What Slurm's own tools do to jobs: hold, release, suspend, requeue."""
-    sweep.plan({1: "gate", 2: "gate"})
-    running = sweep.start("x=1,2,3", "hydra.launcher.array_parallelism=2")
-    sweep.until_started(1, 2)
-    slurm.scontrol("hold", sweep.job(3))
-    running.says("JobHeld")
-    slurm.scontrol("suspend", sweep.job(2))
-    slurm.scontrol("requeue", sweep.job(1))
-    until(lambda: sweep.started().count(1) == 2, 60)
-    sweep.open()
-    slurm.scontrol("resume", sweep.job(2))
-    slurm.scontrol("release", sweep.job(3))
-    done = running.wait()
+def test_what_keeps_jobs_from_starting(slurm, sweep):
+    """Jobs that cannot start, or end before they have: it says why."""
+    slurm.drain("node1")
+    waiting = sweep.start("x=1", "hydra.launcher.nodelist=node1")
+    broken = sweep.run("x=2", "hydra.launcher.setup=['echo why not >&2; exit 7']")
+    assert broken.status == 1, broken
+    assert sweep.states()[2] == "FAILED"
+    message = sweep.records()[2]["error"]["message"]
+    assert "exit code 7" in message
+    assert "why not" in message
+    (log,) = sweep.outputs.glob(".sweeps/*/slurm/*.err")
+    assert str(log) in broken.text
+    waiting.says("ReqNodeNotAvail")
+    slurm.resume("node1")
+    done = waiting.wait()
     assert done.status == 0, done
+    assert done.text.count("ReqNodeNotAvail") == 1, done
+
+
+def test_two_at_once(slurm, sweep):
+    """The same command twice, before the first one's jobs are there."""
+    sweep.plan({"all": "gate"})
+    real = slurm.run("which", "sbatch").stdout.strip()
+    with slurm.shim("sbatch", f'#!/bin/sh\nsleep 1\nexec {real} "$@"\n'):
+        twins = [sweep.start("x=range(3)") for _ in range(2)]
+        for twin in twins:
+            twin.says("Submitted")
+    sweep.until_started(0, 1, 2)
+    until(lambda: len(slurm.squeue("--states=RUNNING")) == 6)
+    sweep.open()
+    for twin in twins:
+        done = twin.wait()
+        assert done.status == 0, done
+    assert sweep.started() == [0, 1, 2]
     assert set(sweep.states().values()) == {"COMPLETED"}
-    assert sweep.started() == [1, 1, 2, 3]
-    first = sweep.records()[1]
-    assert first["return_value"]["attempt"] == 2
-    assert len(first["attempts"]) == 1, first["attempts"]
+
+
+def test_inside_a_job(slurm, sweep):
+    """Where the launcher itself is a task of an array: its variables are not those of its jobs."""
+    command = shlex.join([sys.executable, "app.py", *WORDS, "x=1"])
+    script = f"#!/bin/sh\ncd {sweep.directory}\n{command} > inside.log 2>&1\n"
+    outer = ("--array=7", "--cpus-per-task=2", "--mem-per-cpu=50", "--output=/dev/null")
+    job = slurm.sbatch(*outer, script=script)
+    (row,) = slurm.wait(job)
+    assert row["State"] == "COMPLETED", (sweep.directory / "inside.log").read_text()
+    record = sweep.records()[1]
+    assert record["state"] == "COMPLETED"
+    assert [record["slurm_job_id"]] == sweep.jobs()
+    (note,) = sweep.notes("start")
+    assert note[4]["SLURM_CPUS_PER_TASK"] is None
 
 
 def test_in_other_peoples_apps(slurm, sweep):
