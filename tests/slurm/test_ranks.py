@@ -52,6 +52,8 @@ def main(cfg):
         "output_dir": HydraConfig.get().runtime.output_dir,
         "attempt": orchestrator.attempt(),
         "variable": os.environ["ORCHESTRATOR_ATTEMPT"],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "env": os.environ.get("OF_THE_USER"),
     }
     app.note(f"told {rank} {json.dumps(told)}", cfg)
     return int(rank)
@@ -87,7 +89,11 @@ def steps(path):
 def test_ranks_of_two_runs(slurm, ranked):
     """Each rank sees the same run; what it prints, logs and measures has a place of its own."""
     ranked.plan({"all": "gate"})
-    running = ranked.start("x=1,2", *TASKS, app="ranked.py")
+    running = ranked.start(
+        *("x=1,2", *TASKS, "hydra.launcher.cpus_per_task=2"),
+        "+hydra.launcher.queue.env.OF_THE_USER='{name}'",
+        app="ranked.py",
+    )
     # Both jobs at a time, all ranks of both.
     until(lambda: len(ranked.started()) == 8, 40, lambda: ranked)
     nodes = {(note[1], note[4]["SLURMD_NODENAME"]) for note in ranked.notes("start")}
@@ -101,7 +107,8 @@ def test_ranks_of_two_runs(slurm, ranked):
         record = ranked.records()[x]
         assert record["return_value"] == 0
         assert record["metrics"]["loss"] == x / 2
-        same = dict.fromkeys(("run_dir", "output_dir"), str(run)) | {"attempt": 1, "variable": "1"}
+        places = dict.fromkeys(("run_dir", "output_dir"), str(run))
+        same = {"attempt": 1, "variable": "1", "threads": "2", "env": f"x_{x}", **places}
         assert told(ranked, x) == dict.fromkeys(range(4), same)
         assert sorted(path.name for path in (run / "ranks").iterdir()) == ["1", "2", "3"]
         for rank in range(4):

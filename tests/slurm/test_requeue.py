@@ -225,7 +225,9 @@ def a_pack_is_warned(slurm, sweep, *words):
 
 
 def a_pack_of_fresh_interpreters_is_warned(slurm, sweep):
-    a_pack_is_warned(slurm, sweep, "hydra.launcher.queue.start_method=spawn")
+    """Also where nothing that was done before answers: what this very sweep has done does."""
+    words = ("hydra.launcher.queue.start_method=spawn", "hydra.callbacks.results.resume=false")
+    a_pack_is_warned(slurm, sweep, *words)
 
 
 def a_pack_is_put_back_by_slurm(slurm, sweep):
