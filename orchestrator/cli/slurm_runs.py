@@ -35,13 +35,13 @@ class Member:
 
 def members(runs: Iterable[FoundRun]) -> list[Member]:
     """Those runs whose sweeps were given to Slurm."""
-    sweeps: dict[tuple[Path, str], Path | None] = {}
+    sweeps: dict[tuple[Path, str, bool], Path | None] = {}
     chosen = []
     for run in runs:
         record = run.record
         if not record.sweep_id or (record.state.is_final and not record.slurm_job_id):
             continue
-        key = (run.files.path.parent, record.sweep_id)
+        key = (run.files.path.parent, record.sweep_id, bool(record.slurm_job_id))
         if key not in sweeps:
             sweeps[key] = _sweep_dir(*key)
         sweep_dir = sweeps[key]
@@ -50,12 +50,15 @@ def members(runs: Iterable[FoundRun]) -> list[Member]:
     return chosen
 
 
-def _sweep_dir(parent: Path, sweep_id: str) -> Path | None:
-    """The directory of a sweep, in the nearest outputs directory that knows it."""
+def _sweep_dir(parent: Path, sweep_id: str, by_id: bool) -> Path | None:
+    """The directory of a sweep, in the nearest outputs directory that knows it.
+
+    Where the runs themselves know their jobs (``by_id``) it need not have a ledger.
+    """
     real = Path(os.path.realpath(parent))
     for root in (real, *real.parents):
         sweep_dir = root / SWEEPS / sweep_id
-        if (sweep_dir / LEDGER).is_file():
+        if (sweep_dir / LEDGER).is_file() or (by_id and sweep_dir.is_dir()):
             return sweep_dir
     return None
 

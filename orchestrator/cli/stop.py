@@ -196,6 +196,8 @@ def _end_launcher(target: _Target, sweep: SweepFile) -> str:
     until = time.monotonic() + _LAUNCHER_S
     while is_alive(sweep.pid, started):
         if time.monotonic() > until:
+            if (target.directory / LEDGER).exists():  # its jobs are seen to next
+                return f"The launcher of sweep {sweep.sweep_id} is still at it."
             raise OrchestratorError(
                 f"Sweep {sweep.sweep_id} was asked to end and has not within {_LAUNCHER_S:g} s. "
                 f"`kill -TERM {sweep.pid}` ends its jobs at once."

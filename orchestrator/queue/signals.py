@@ -22,6 +22,8 @@ class StopSignals:
     """
 
     numbers: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Those that are taken even where they were being ignored.
+    always: tuple[signal.Signals, ...] = ()
     # What keepers are told when one comes: the name of a `keeper.Reason`.
     reason = "STOPPED"
 
@@ -43,7 +45,7 @@ class StopSignals:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in self.numbers:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if number in self.always or signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 

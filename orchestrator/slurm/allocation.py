@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from orchestrator.queue.resources import cores, has_driver
+from orchestrator.slurm.amounts import seconds_of
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
@@ -18,12 +20,37 @@ if TYPE_CHECKING:
 _GIVEN = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "GPU_DEVICE_ORDINAL")
 # Of the time between SIGTERM and SIGKILL, what is left to write records in.
 _GRACE_SHARE = 0.6
+_ASK_S = 10.0
 
 
 def job_id(environ: Mapping[str, str] = os.environ) -> str:
     """The job as squeue names it: ``123`` or ``123_4``."""
     array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID", "")
+
+
+def end_of_job(environ: Mapping[str, str] = os.environ) -> float | None:
+    """When this job's time is up by Slurm's limit, in seconds since the epoch.
+
+    None where Slurm does not say, or sets no limit.
+    """
+    # (Not its end time: of a job that is being cancelled that is now.)
+    words = ["squeue", "--noheader", f"--jobs={environ.get('SLURM_JOB_ID')}", "--format=%S|%l"]
+    try:
+        done = subprocess.run(
+            words,
+            env={**environ, "SLURM_TIME_FORMAT": "%s"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ASK_S,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    start, _, limit = done.stdout.strip().partition("|")
+    seconds = seconds_of(limit)
+    return float(start) + seconds if start.isdecimal() and seconds else None
 
 
 def allocated_cores(environ: Mapping[str, str] = os.environ) -> int:

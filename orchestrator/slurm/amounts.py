@@ -19,11 +19,12 @@ def minutes_of(value: Any) -> int | float | None:
         return None
     if isinstance(value, (int, float)):
         return value if math.isfinite(value) and value > 0 else None
-    seconds = _seconds(str(value))
+    seconds = seconds_of(str(value))
     return math.ceil(seconds / 60) if seconds else None
 
 
-def _seconds(text: str) -> int | None:
+def seconds_of(text: str) -> int | None:
+    """A time as Slurm writes it, in seconds; None for anything else."""
     found = _TIME.fullmatch(text.strip())
     if found is None:
         return None

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+# Slurm's warning would end a job that is still setting itself up; it is announced again, if at all,
+# by Slurm's own requeue or by the limit. The job's first process takes it as soon as it can.
+IGNORE_WARNING = "trap '' USR2"
 # A shell that waits for its job's first process: Slurm's warning, which only the shell gets, is
 # handed on; the signal that ends the job, which all get, does not end the shell before the runs
 # have their records. An interrupted `wait` returns the signal's number and is tried again. (The
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 _WAIT = """\
 {command} &
 first=$!
-trap 'kill -USR2 "$first"' USR2
+trap 'kill -USR2 "$first" 2>/dev/null || :' USR2
 trap : TERM
 status=0; wait "$first" || status=$?
 while [ "$status" -gt 128 ] && kill -0 "$first" 2>/dev/null; do

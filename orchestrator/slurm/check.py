@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.queue.needs import Needs
@@ -52,7 +53,7 @@ def check(settings: SlurmSettings, config: DictConfig) -> None:
     for name in ("max_num_timeout", "signal_delay_s"):
         _at_least(settings, name, 0)
     _check_sweeper(settings, config)
-    sweep_dir = str(settings.submitit_folder or config.hydra.sweep.dir)
+    sweep_dir = str(Path(str(settings.submitit_folder or config.hydra.sweep.dir)).absolute())
     if "%" in sweep_dir.replace("%j", "") or "\\" in sweep_dir or not sweep_dir.isprintable():
         expected = "a path without %, backslashes and line ends, which Slurm reads otherwise"
         raise SweepError(f"The sweep's directory is {sweep_dir!r}; expected {expected}.")

@@ -210,13 +210,18 @@ class SlurmClient:
             which = ["--state=PENDING"] if only_waiting else []
             self._ask("scancel", *which, *collapse(some), timeout_s=timeout_s)
 
-    def throttle(self, array_id: str, tasks: int) -> None:
-        """How many tasks of an array may run at a time from now on; 0 is all of them.
+    def find(self, comment: str) -> str:
+        """The id of this user's job (or array) with a comment; empty where there is none.
 
-        Where Slurm does not do it (the array may have ended) nothing happens.
+        Where Slurm cannot be asked, none is found.
         """
+        words = ("--noheader", f"--user={os.getuid()}", "--states=all", "--format=%F|%k")
         with contextlib.suppress(SlurmUnreachable):
-            self._ask("scontrol", "update", f"jobid={array_id}", f"arraytaskthrottle={tasks}")
+            for line in self._ask("squeue", *words).splitlines():
+                job, _, said = line.partition("|")
+                if said.strip() == comment:
+                    return job.strip()
+        return ""
 
     def limits(self) -> Limits:
         """What the cluster allows.

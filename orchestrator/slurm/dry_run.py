@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.queue.returns import QueueJobReturn
 from orchestrator.slurm.client import Limits, SlurmUnreachable
 from orchestrator.slurm.cost import Jobs, Submission, describe, estimate
+from orchestrator.slurm.cut import arrays
 from orchestrator.slurm.resources import Resources, tasks_of
-from orchestrator.slurm.submit import arrays
 from orchestrator.wording import plural
 
 if TYPE_CHECKING:

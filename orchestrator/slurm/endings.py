@@ -164,11 +164,10 @@ class Endings:
         self._ended[run.num] = Ended(record) if ended is None else replace(ended, record=record)
 
     def _report(self, num: int) -> None:
-        """Tell the launcher, if one waits."""
-        if self._pack.reports:
-            data = pickle.dumps(self._ended[num], protocol=pickle.HIGHEST_PROTOCOL)
-            with contextlib.suppress(OSError):  # the run's own record has all that matters
-                write_atomic(self._pack.ended_file(num), data)
+        """Tell whoever waits, now or later."""
+        data = pickle.dumps(self._ended[num], protocol=pickle.HIGHEST_PROTOCOL)
+        with contextlib.suppress(OSError):  # the run's own record has all that matters
+            write_atomic(self._pack.ended_file(num), data)
 
 
 def requeue() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import signal
 import time
 from dataclasses import KW_ONLY, dataclass, field
@@ -15,10 +17,12 @@ from orchestrator.queue.task import number_job
 from orchestrator.record import ErrorInfo, RunState
 from orchestrator.slurm.accounting import account
 from orchestrator.slurm.client import SlurmUnreachable
-from orchestrator.slurm.ledger import Ledgers
+from orchestrator.slurm.cut import Asked
+from orchestrator.slurm.ledger import Ledger, Ledgers
+from orchestrator.slurm.pack import ENDED
 from orchestrator.slurm.settle import was_cut_short
 from orchestrator.slurm.states import collapse
-from orchestrator.slurm.submit import Asked, write_waiting
+from orchestrator.slurm.submit import write_waiting
 from orchestrator.slurm.watch import Waiting, Watcher
 from orchestrator.store import SWEEPS, RunDir
 from orchestrator.sweep.errors import SweepError
@@ -50,6 +54,7 @@ _CANCEL_S = 20.0
 # How long accounting is given to hear of the last job, at most, and as a share of the sweep;
 # orchestrator-status asks later, too.
 _ACCOUNTING_S = 2.0
+_SAY_S = 10.0
 _ACCOUNTING_SHARE = 0.02
 
 
@@ -145,12 +150,12 @@ class SlurmLaunch:
             self.known[plan.index] = "" if record is None else record.sweep_id
             if record is None or (record.state.is_final and not was_cut_short(record)):
                 continue
-            job_id = ledgers.job_of(record.sweep_id, record.index)
-            ledger = ledgers.of(record.sweep_id)
-            if job_id and ledger is not None and record.fingerprint == plan.who.fingerprint:
-                if self._is_elsewhere(plan, ledger.cluster):
-                    continue
+            job_id = ledgers.job_of(record.sweep_id, record.index) or record.slurm_job_id
+            ledger = ledgers.of(record.sweep_id) or Ledger(submitted_at=record.started_at or 0.0)
+            if job_id and record.fingerprint == plan.who.fingerprint:
                 directory = self.planner.sweep_dir / SWEEPS / record.sweep_id
+                if self._is_elsewhere(plan, ledger.cluster) or self._is_foreign(plan, directory):
+                    continue
                 found.append(
                     Waiting(plan, record, job_id, directory, ledger.submitted_at, ledger.folder)
                 )
@@ -175,11 +180,24 @@ class SlurmLaunch:
         self._cannot_start(plan.index, plan.num, plan.overrides, error)
         return True
 
+    def _is_foreign(self, plan: Plan, sweep_dir: Path) -> bool:
+        """Whether another user, who alone sees their jobs, has submitted a run."""
+        with contextlib.suppress(OSError, KeyError):
+            if sweep_dir.stat().st_uid != os.getuid():
+                error = SweepError(f"{plan.directory} was submitted by {sweep_dir.owner()}.")
+                self._cannot_start(plan.index, plan.num, plan.overrides, error)
+                return True
+        return False
+
     def _ask(self, plans: Sequence[Plan], signals: StopSignals) -> Iterator[Asked]:
         """Compose each run once and for all, and write the record of its waiting."""
-        for plan in plans:
+        say_at = time.monotonic() + _SAY_S
+        for number, plan in enumerate(plans):
             if signals.received:
                 return
+            if time.monotonic() >= say_at:
+                say_at = time.monotonic() + _SAY_S
+                self.progress.say(f"Composed {number} of {plural(len(plans), 'run')}.")
             try:
                 asked = self._ask_one(plan)
             except Exception as error:  # noqa: BLE001 - the run's own failure; the others go on
@@ -279,6 +297,7 @@ class SlurmLaunch:
         results = self.book.close(self.progress, self.answers, complete=True)
         self.progress.say(f"All runs ended ({counts(self.progress)}). {results}")
         patience = min(_ACCOUNTING_S, self.progress.elapsed_seconds() * _ACCOUNTING_SHARE)
+        shutil.rmtree(self.sweep.directory / ENDED, ignore_errors=True)
         account(self.sweep.directory, self.client, patience_s=patience, limit_s=_ACCOUNTING_S)
 
     def _interrupted(self, watcher: Watcher, signals: StopSignals) -> None:
@@ -295,16 +314,21 @@ class SlurmLaunch:
             self.progress.say(f"Left to Slurm: {watcher.summary()}, in {ids}. {follow}")
         else:
             again = "The same command again runs what is missing."
-            self.progress.say(f"Stopped: {counts(self.progress)}. {results} {again}")
+            said = counts(self.progress) if self.progress.ran else "nothing was submitted"
+            self.progress.say(f"Stopped: {said}. {results} {again}")
         raise SystemExit(128 + number)
 
     def _cancel(self, watcher: Watcher, signals: StopSignals) -> None:
-        ids = " ".join(collapse(watcher.jobs))
+        jobs = watcher.own_jobs(self.sweep.directory)
+        ids = " ".join(collapse(jobs))
         self.progress.say(f"Cancelling {ids}; Ctrl+C again leaves what is left to Slurm.")
+        if others := [job for job in watcher.jobs if job not in jobs]:
+            others_ids = " ".join(collapse(others))
+            self.progress.say(f"{others_ids} goes on: it does runs of another sweep, too.")
         self.progress.stopping(0)
         self.progress.brief = True
         try:
-            self.client.cancel(watcher.jobs)
+            self.client.cancel(jobs)
         except SlurmUnreachable as error:
             self.progress.say(str(error))
         else:

@@ -119,9 +119,10 @@ class SlurmLaunches:
         submitter = Submitter(
             self._settings,
             self._raw.get("queue") or {},
+            self._client,
             self._limits,
             sweep,
-            self._planner.results.on_failure,
+            on_failure=self._planner.results.on_failure,
             resume=self._planner.resume,
         )
         return SlurmLaunch(

@@ -58,8 +58,6 @@ class Pack:
     on_failure: Any
     # Whether a COMPLETED record of another sweep answers, too.
     resume: bool
-    # Whether a launcher waits for what the runs return.
-    reports: bool
     time: JobTime
 
     def __call__(self, path: str) -> None:

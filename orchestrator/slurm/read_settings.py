@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,7 @@ from omegaconf import OmegaConf
 
 from orchestrator.queue.settings import QueueSettings
 from orchestrator.slurm.settings import SlurmSettings
+from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +29,11 @@ def read_settings(values: Mapping[str, Any]) -> SlurmSettings:
         name: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         for name, value in values.items()
     }
+    for name in plain.keys() - {field.name for field in fields(SlurmSettings)}:
+        raise SweepError(
+            f"hydra.launcher has no key {name!r}.{_nearest(name)} What else sbatch takes goes into "
+            "hydra.launcher.additional_parameters."
+        )
     plain["queue"] = QueueSettings(**(plain.get("queue") or {}))
     settings = SlurmSettings(**plain)
     if settings.cluster_file:
@@ -33,6 +41,11 @@ def read_settings(values: Mapping[str, Any]) -> SlurmSettings:
 
         _fill_in(settings, read_cluster_file(Path(settings.cluster_file)))
     return settings
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, [field.name for field in fields(SlurmSettings)], n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _fill_in(settings: Any, said: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import msgspec
 from orchestrator.processes import hostname
 from orchestrator.record import RunState
 from orchestrator.slurm.ledger import LEDGER, read_ledger
-from orchestrator.slurm.settle import ended_as, was_cut_short
+from orchestrator.slurm.settle import corrected, ended_as, was_cut_short
 from orchestrator.slurm.states import Seen, base_of
 from orchestrator.store import RunLock, last_metrics, observed_state
 
@@ -35,6 +35,8 @@ _LOOK_S = 0.2
 # A job is in neither queue nor accounting for some seconds after its submission. Clocks of file
 # servers may differ, and here nothing is gained by haste.
 _NOWHERE_S = 60.0
+# How long after it was cut short a run may still be waiting in Slurm's queue to go on.
+_MAY_GO_ON_S = 7 * 86_400.0
 _CANCELLED = Seen(RunState.CANCELLED, "CANCELLED")
 
 
@@ -105,7 +107,8 @@ def find_given(runs: Iterable[tuple[RunDir, RunRecord, Path]]) -> Findings:
     """
     by_sweep: dict[Path, list[tuple[RunDir, RunRecord]]] = {}
     for run, record, sweep_dir in runs:
-        if not record.state.is_final or was_cut_short(record):
+        recently = record.ended_at is None or time.time() - record.ended_at < _MAY_GO_ON_S
+        if not record.state.is_final or (was_cut_short(record) and recently):
             by_sweep.setdefault(sweep_dir, []).append((run, record))
     given: list[Given] = []
     foreign = 0
@@ -122,6 +125,8 @@ def _of_sweep(sweep_dir: Path, runs: Sequence[tuple[RunDir, RunRecord]]) -> list
     """The runs of one sweep; None where they are another user's."""
     try:
         status = (sweep_dir / LEDGER).stat()
+    except FileNotFoundError:  # of an exported script: the runs know their jobs
+        return _of_script(sweep_dir, runs)
     except OSError:
         return []
     if status.st_uid != os.getuid():
@@ -136,13 +141,24 @@ def _of_sweep(sweep_dir: Path, runs: Sequence[tuple[RunDir, RunRecord]]) -> list
             run,
             record,
             sweep_dir,
-            jobs.get(record.index, ""),
+            jobs.get(record.index) or record.slurm_job_id,
             ledger.submitted_at,
             entered_at,
             ledger.cluster,
             ledger.folder,
         )
         for run, record in runs
+    ]
+
+
+def _of_script(sweep_dir: Path, runs: Sequence[tuple[RunDir, RunRecord]]) -> list[Given] | None:
+    """Runs of a batch script that was exported, as far as they have begun."""
+    if sweep_dir.stat().st_uid != os.getuid():
+        return None
+    return [
+        Given(run, record, sweep_dir, record.slurm_job_id, began, began)
+        for run, record in runs
+        if record.slurm_job_id and (began := record.started_at) is not None
     ]
 
 
@@ -196,7 +212,7 @@ def standings(
             found[run.run.path] = _in_queue(run, said)
         else:
             over.append(run)
-    over = _without_ended(over, found)
+    over = _without_ended(over, found, seen)
     ends = _ends(over, seen, client, cancelled, now())
     for run in over:
         if run.run.path not in ends:
@@ -213,12 +229,15 @@ def _in_queue(run: Given, said: Seen) -> Standing:
     return Standing(run.record, state, run.job_id, said.node, said.reason)
 
 
-def _without_ended(runs: Iterable[Given], found: dict[Path, Standing]) -> list[Given]:
+def _without_ended(
+    runs: Iterable[Given], found: dict[Path, Standing], seen: Mapping[str, Seen]
+) -> list[Given]:
     """Those that have not said by now how they ended; the others are found."""
     left = []
     for run in runs:
         record = run.run.try_read()
         if record is not None and record.state.is_final:
+            record = corrected(run.run, record, run.job_id, seen.get(run.job_id))
             found[run.run.path] = Standing(record, record.state, run.job_id)
         else:
             left.append(run)
@@ -264,7 +283,7 @@ def _after_last_words(
     while others and waited < _LAST_WORDS_S:
         sleep(_LOOK_S)
         waited += _LOOK_S
-        others = _without_ended(others, found)
+        others = _without_ended(others, found, {})
     return speechless + others
 
 

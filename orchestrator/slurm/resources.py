@@ -91,6 +91,16 @@ def checked(resources: dict[str, Any]) -> dict[str, Any]:
         SweepError: what one of them is, and what it should be.
     """
     check_text(resources)
+    for key in resources.get("additional_parameters") or {}:
+        if not re.fullmatch(r"[A-Za-z][\w-]*", str(key)):
+            expected = "options of sbatch without their dashes"
+            raise SweepError(
+                f"hydra.launcher.additional_parameters has {key!r}; expected {expected}."
+            )
+        if (name := str(key).replace("_", "-")) in _NOT_ADDITIONAL:
+            raise SweepError(
+                f"hydra.launcher.additional_parameters has {name!r}; {_NOT_ADDITIONAL[name]}."
+            )
     for key, (is_fine, expected) in _EXPECTED.items():
         value = resources.get(key)
         if value is not None and not is_fine(value):
@@ -111,14 +121,41 @@ def _is_count(value: Any) -> bool:
 
 def _are_gpus(value: Any) -> bool:
     if isinstance(value, str):
-        return re.fullmatch(r"[\w.-]+(:[1-9]\d*)?|\d+", value) is not None
+        return re.fullmatch(r"\d+|[\w.:-]+(,[\w.:-]+)*", value) is not None
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _is_memory(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
+_TAKEN = "that is the launcher's own to say: leave it out"
+# What sbatch would be told twice, by key or by letter.
+_NOT_ADDITIONAL = {
+    **dict.fromkeys(("time", "t"), "set hydra.launcher.timeout_min instead"),
+    "signal": "set hydra.launcher.signal_delay_s instead",
+    **dict.fromkeys(("array", "a"), "set hydra.launcher.array_parallelism instead"),
+    **dict.fromkeys(("nodes", "N"), "set hydra.launcher.nodes instead"),
+    **dict.fromkeys(
+        ("ntasks", "n", "ntasks-per-node"), "set hydra.launcher.tasks_per_node instead"
+    ),
+    **dict.fromkeys(
+        (
+            "output",
+            "o",
+            "error",
+            "e",
+            "open-mode",
+            "parsable",
+            "wait",
+            "W",
+            "wrap",
+            "clusters",
+            "M",
+        ),
+        _TAKEN,
+    ),
+}
 _COUNT = (_is_count, "a whole number, 1 or more")
 _GPUS = (_are_gpus, "a number of GPUs, or a type and a number (a100:2)")
 _EXPECTED = {

@@ -49,7 +49,7 @@ class SlurmSettings:
     teardown: Optional[List[str]] = None  # noqa: UP006, UP045
     # The command that starts Python there. null: this interpreter.
     python: Optional[str] = None  # noqa: UP045
-    # Start the job by srun. null: where it has several tasks, or teardown lines.
+    # Start the job by srun. null: where it has several tasks.
     use_srun: Optional[bool] = None  # noqa: UP045
     srun_args: Optional[List[str]] = None  # noqa: UP006, UP045
     # Scripts, pickles and Slurm's own logs. null: .sweeps/<sweep_id>/slurm in the sweep's directory.

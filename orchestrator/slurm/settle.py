@@ -28,7 +28,13 @@ _TYPES = {
 
 
 def settle(
-    run: RunDir, asked: RunRecord, job_id: str, seen: Seen | None, job_logs: str = ""
+    run: RunDir,
+    asked: RunRecord,
+    job_id: str,
+    seen: Seen | None,
+    job_logs: str = "",
+    *,
+    certain: bool = False,
 ) -> RunRecord | None:
     """See that the record of a run is final, now that nobody works on it any more.
 
@@ -38,6 +44,8 @@ def settle(
         job_id: of the Slurm job, for the text.
         seen: what Slurm says of how the job ended; None where it knows nothing of it any more.
         job_logs: where Slurm's own logs of the jobs are; empty where that is not known.
+        certain: its job has been over for so long that whoever still holds the run's lock is none
+            of its processes: a file server keeps the locks of a node that was switched off.
 
     Returns:
         The final record; None where somebody works on the run, or another sweep has it by now.
@@ -46,7 +54,7 @@ def settle(
         OSError: the record cannot be written.
     """
     lock = RunLock.acquire(run)
-    if lock is None:
+    if lock is None and not certain:
         return None
     try:
         # A directory that is opened is looked at anew by the clients of a file server.
@@ -58,10 +66,13 @@ def settle(
         if found.state.is_final:
             return found
         final = ended_as(found, job_id, seen, job_logs)
-        run.write(final if final.metrics else _with_metrics(run, final))
+        if not final.metrics:
+            final = msgspec.structs.replace(final, metrics=last_metrics(run))
+        run.write(final)
         return final
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 def was_cut_short(record: RunRecord) -> bool:
@@ -80,21 +91,14 @@ def corrected(run: RunDir, record: RunRecord, job_id: str, seen: Seen | None) ->
         job_id: of the Slurm job.
         seen: what Slurm says of how the job ended.
     """
-    if (
-        not was_cut_short(record)
-        or seen is None
-        or seen.state not in (RunState.LOST, RunState.TIMEOUT)
-    ):
+    if not was_cut_short(record) or seen is None or not seen.state.is_final:
         return record
-    error = ErrorInfo(_TYPES[seen.state], _sentence(record, job_id, seen))
-    better = msgspec.structs.replace(record, state=seen.state, error=error)
+    state = seen.state if seen.state in (RunState.LOST, RunState.TIMEOUT) else RunState.CANCELLED
+    error = ErrorInfo(_TYPES[state], _sentence(record, job_id, seen))
+    better = msgspec.structs.replace(record, state=state, error=error)
     with contextlib.suppress(OSError):
         run.write(better)
     return better
-
-
-def _with_metrics(run: RunDir, record: RunRecord) -> RunRecord:
-    return msgspec.structs.replace(record, metrics=last_metrics(run))
 
 
 def ended_as(found: RunRecord, job_id: str, seen: Seen | None, job_logs: str = "") -> RunRecord:

@@ -26,6 +26,8 @@ def main() -> None:
     gc.disable()
     path = pack_file(sys.argv[1], os.environ.get("SLURM_ARRAY_TASK_ID") or 0)
     with open(path, "rb") as file:  # noqa: PTH123
+        if os.fstat(file.fileno()).st_uid != os.getuid():
+            sys.exit(f"{path} is another user's: what it says is not done.")
         pack: Pack = pickle.load(file)  # noqa: S301 - our own launcher has written it
     gc.enable()
     pack(path)

@@ -1,79 +1,56 @@
-"""From runs to Slurm jobs: packs, arrays within the cluster's limits, and submitit's executor."""
+"""Handing arrays of jobs to Slurm, through submitit."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import pickle
 import secrets
 import shlex
+import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from orchestrator.record import RunState
-from orchestrator.slurm.batch import batch_command
+from orchestrator.slurm.batch import IGNORE_WARNING, batch_command
+from orchestrator.slurm.cut import cut
 from orchestrator.slurm.ledger import Job, Ledger, write_ledger
 from orchestrator.slurm.pack import ENDED, JobTime, Pack, PackedRun
 from orchestrator.slurm.resources import tasks_of
 from orchestrator.slurm.start import pack_file
+from orchestrator.slurm.states import base_of
 from orchestrator.store import RunLock, write_atomic
 from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from orchestrator.queue.plan import Plan
     from orchestrator.queue.settings import QueueSettings
     from orchestrator.record import RunRecord
-    from orchestrator.slurm.client import Limits
+    from orchestrator.slurm.client import Limits, SlurmClient
+    from orchestrator.slurm.cut import Array, Asked
     from orchestrator.slurm.settings import SlurmSettings
     from orchestrator.store import RunDir
     from orchestrator.sweeps import Sweep
 
 # A task that fails ends the others of its job, which would wait for it for ever.
 _END_TOGETHER = "--kill-on-bad-exit=1"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A run to submit: its plan, its record, its config, and what its job asks Slurm for."""
-
-    plan: Plan
-    record: RunRecord
-    config: bytes
-    resources: dict[str, Any]
-
-
-def packs(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
-    """Runs that share a job: those that ask for the same, in their order, at most ``size``."""
-    groups: dict[str, list[Asked]] = {}
-    for run in asked:
-        groups.setdefault(json.dumps(run.resources, sort_keys=True, default=str), []).append(run)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def arrays(sizes: int, most: int) -> list[int]:
-    """Cut so many jobs into arrays of nearly equal sizes, none larger than ``most``."""
-    count = -(-sizes // most)
-    return [sizes // count + (number < sizes % count) for number in range(count)]
-
-
-def lanes(count: int, at_a_time: int) -> list[int]:
-    """How many tasks of each array may run at a time, ``at_a_time`` in all; 0: it has to wait.
-
-    Arrays of nearly equal sizes end at about the same time, so an equal share for each wastes
-    nothing. Where there are more arrays than places, the others follow one after the other.
-    """
-    share, more = divmod(at_a_time, count)
-    return [share + (number < more) for number in range(count)]
+# What configures Slurm's tools stays; these variables of sbatch would win over what we ask for.
+_CONFIGURES = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER")
+_OURS_TO_SAY = (
+    "SBATCH_ARRAY_INX",
+    "SBATCH_CLUSTERS",
+    "SBATCH_JOB_NAME",
+    "SBATCH_OPEN_MODE",
+    "SBATCH_SIGNAL",
+    "SBATCH_TIMELIMIT",
+    "SBATCH_WAIT",
+)
 
 
 class Submitter:
@@ -82,6 +59,7 @@ class Submitter:
     Args:
         settings: the launcher's.
         raw_queue: the settings of the local queue in each job, with their interpolations.
+        client: asks Slurm.
         limits: the cluster's.
         sweep: whose runs they are.
         on_failure: `ResultsSettings.on_failure`.
@@ -92,14 +70,16 @@ class Submitter:
         self,
         settings: SlurmSettings,
         raw_queue: dict[str, Any],
+        client: SlurmClient,
         limits: Limits,
         sweep: Sweep,
-        on_failure: Any,
         *,
+        on_failure: Any,
         resume: bool,
     ) -> None:
         self._settings = settings
         self._raw_queue = raw_queue
+        self._client = client
         self._limits = limits
         self._sweep = sweep
         self._on_failure = on_failure
@@ -132,30 +112,21 @@ class Submitter:
         """
         if not asked:
             return
-        (self._sweep.directory / ENDED).mkdir(parents=True, exist_ok=True)
-        by_resources: dict[str, list[list[Asked]]] = {}
-        for pack in packs(asked, self._settings.runs_per_job):
-            key = json.dumps(pack[0].resources, sort_keys=True, default=str)
-            by_resources.setdefault(key, []).append(pack)
-        sizes = [
-            (group, size)
-            for group in by_resources.values()
-            for size in arrays(len(group), self._limits.max_array_size)
-        ]
-        throttles = lanes(len(sizes), self._settings.array_parallelism)
-        starts: dict[int, int] = {}
-        last = ""
-        for (group, size), throttle in zip(sizes, throttles, strict=True):
+        # What is unpickled there is nobody else's to write.
+        for folder in (self._sweep.directory / ENDED, Path(self.folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        limits, settings = self._limits, self._settings
+        cuts = cut(asked, settings.runs_per_job, limits.max_array_size, settings.array_parallelism)
+        submitted: list[str] = []
+        for array in cuts:
             if stopped():
                 return
-            start = starts.get(id(group), 0)
-            starts[id(group)] = start + size
-            chosen = group[start : start + size]
-            after = "" if throttle else last
-            ids = self._submit_array(chosen, common, throttle or 1, after)
-            last = ids[0].partition("_")[0]
-            self._enter(ids, chosen)
-            for job, pack in zip(ids, chosen, strict=True):
+            after = "" if array.after is None else submitted[array.after]
+            ids = self._submit_array(array, common, after)
+            submitted.append(base_of(ids[0]))
+            self._enter(ids, array.packs)
+            for job, pack in zip(ids, array.packs, strict=True):
                 yield from ((job, run) for run in pack)
 
     def _enter(self, ids: Sequence[str], chosen: Sequence[Sequence[Asked]]) -> None:
@@ -166,35 +137,36 @@ class Submitter:
         self.ledger = msgspec.structs.replace(self.ledger, jobs=(*self.ledger.jobs, *jobs))
         write_ledger(self._sweep.directory, self.ledger)
 
-    def _submit_array(
-        self, chosen: Sequence[Sequence[Asked]], common: bytes, throttle: int, after: str
-    ) -> list[str]:
+    def _submit_array(self, array: Array, common: bytes, after: str) -> list[str]:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        stem = str(Path(self.folder, secrets.token_hex(4)))
-        for index, pack in enumerate(chosen):
+        tag = secrets.token_hex(4)
+        stem = str(Path(self.folder, tag))
+        for index, pack in enumerate(array.packs):
             data = pickle.dumps(self._pack(pack, common), protocol=pickle.HIGHEST_PROTOCOL)
             write_atomic(Path(pack_file(stem, index)), data)
-        parameters, command = self._parameters(
-            chosen[0][0].resources, stem, len(chosen) > 1, throttle, after
-        )
+        parameters, command = self._parameters(array, stem, after)
+        # By this a job is found that Slurm has taken although sbatch has failed.
+        comment = parameters.setdefault("comment", f"orchestrator {tag}")
         try:
             # (submitit prints what sbatch says; it is in the error, too.)
-            with contextlib.redirect_stderr(io.StringIO()), _outside_of_jobs():
-                job_id = _submit(self.folder, parameters, command, len(chosen))
+            with contextlib.redirect_stderr(io.StringIO()), as_from_a_login_node():
+                job_id = _submit(self.folder, parameters, command, len(array.packs))
         except (FailedJobError, FailedSubmissionError) as error:
-            raise SweepError(_refusal(error)) from error
+            found = self._client.find(comment) if tag in comment else ""
+            if not found:
+                raise SweepError(_refusal(error)) from error
+            job_id = found
         except (TypeError, ValueError, AssertionError) as error:
             raise SweepError(f"submitit does not take these settings: {error}") from error
-        if len(chosen) == 1:
+        if len(array.packs) == 1:
             return [job_id]
-        return [f"{job_id}_{index}" for index in range(len(chosen))]
+        return [f"{job_id}_{index}" for index in range(len(array.packs))]
 
-    def _parameters(
-        self, resources: dict[str, Any], stem: str, is_array: bool, throttle: int, after: str
-    ) -> tuple[dict[str, Any], str]:
+    def _parameters(self, array: Array, stem: str, after: str) -> tuple[dict[str, Any], str]:
         """What submitit is given, and the command of the batch script."""
-        settings, several = self._settings, tasks_of(resources) > 1
+        settings, resources = self._settings, array.packs[0][0].resources
+        several, is_array = tasks_of(resources) > 1, len(array.packs) > 1
         parameters = {key: value for key, value in resources.items() if value is not None}
         extra = {
             str(k): v for k, v in (parameters.pop("additional_parameters", None) or {}).items()
@@ -204,13 +176,17 @@ class Submitter:
             srun = self._srun(parameters.pop("srun_args", None) or [], several, is_array)
         if not several:
             # Slurm's warning goes to the first process, which hands it on to the runs alone.
-            extra.setdefault("signal", f"B:USR2@{resources['signal_delay_s']}")
+            extra["signal"] = f"B:USR2@{resources['signal_delay_s']}"
+        if settings.max_num_timeout and "no-requeue" not in extra:
+            extra.setdefault("requeue", True)  # which a cluster may refuse by default
         if after:
-            extra["dependency"] = f"afterany:{after}"
+            wanted = extra.get("dependency")
+            extra["dependency"] = f"{wanted},afterany:{after}" if wanted else f"afterany:{after}"
         python = settings.python or shlex.quote(sys_executable())
         command = batch_command(python, stem, srun, parameters.pop("teardown", None) or [])
         parameters |= {
-            "array_parallelism": throttle,
+            "setup": [IGNORE_WARNING, *(parameters.get("setup") or [])],
+            "array_parallelism": array.at_a_time,
             "use_srun": False,
             "additional_parameters": extra,
         }
@@ -235,7 +211,6 @@ class Submitter:
             raw=self._raw_queue,
             on_failure=self._on_failure,
             resume=self._resume,
-            reports=settings.wait,
             time=JobTime(
                 limit_s=60.0 * float(resources["timeout_min"]),
                 signal_delay_s=float(resources["signal_delay_s"]),
@@ -261,19 +236,21 @@ def _submit(folder: str, parameters: dict[str, Any], command: str, count: int) -
 
 
 @contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Submit as if from a login node: a job inherits what another Slurm job has in its environment.
+def as_from_a_login_node() -> Iterator[None]:
+    """While sbatch is called: it inherits nothing of another Slurm job, and nothing that wins over us.
 
-    What configures Slurm's tools (``SLURM_CONF``) stays.
+    Ctrl+C at a terminal goes to every process of its group; it waits until sbatch has answered.
     """
-    keep = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CONF_SERVER")
     before = dict(os.environ)
     for name in before:
-        if name.startswith(("SLURM_", "SLURMD_", "PMI_", "PMIX_")) and name not in keep:
+        of_a_job = name.startswith(("SLURM_", "SLURMD_", "PMI_", "PMIX_"))
+        if name in _OURS_TO_SAY or (of_a_job and name not in _CONFIGURES):
             del os.environ[name]
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
         os.environ.update(before)
 
 
@@ -292,7 +269,7 @@ def _refusal(error: Exception) -> str:
     said = " ".join((said or text.strip()[-500:]).split()).rstrip(".")
     return (
         f"sbatch refuses the job: {said}. Change what hydra.launcher asks for (partition, account, "
-        "timeout_min, gpus_per_node, mem_gb, …)."
+        "timeout_min, gpus_per_node, mem_gb, …; fewer jobs: runs_per_job)."
     )
 
 

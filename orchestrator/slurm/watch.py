@@ -7,13 +7,14 @@ import os
 import pickle
 import selectors
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.queue.wire import Ended
 from orchestrator.record import RunRecord, RunState
 from orchestrator.slurm.client import SlurmUnreachable
+from orchestrator.slurm.ledger import read_ledger
 from orchestrator.slurm.pack import ENDED
 from orchestrator.slurm.settle import corrected, settle
 from orchestrator.store import RunDir, read_bytes
@@ -43,6 +44,8 @@ _QUERY_SHARE = 0.05
 _LAST_WORDS_S = 2.0
 # Accounting and queue are two services: a new job, or one just ended, may be in neither.
 _NOWHERE_S = 5.0
+# How long after the end of its job nothing of a run can be left, whoever holds its lock.
+_CERTAIN_S = 150.0
 
 
 @dataclass(eq=False)
@@ -103,7 +106,8 @@ class Watcher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
-        self._left = {run.plan.index: run for run in waiting}
+        self._all = list(waiting)
+        self._left = {run.plan.index: run for run in self._all}
         # Where their reports come, by the file's name.
         self._reports: dict[Path, dict[str, Waiting]] = defaultdict(dict)
         for run in self._left.values():
@@ -129,6 +133,20 @@ class Watcher:
     def jobs(self) -> list[str]:
         """Ids of the jobs that are not over, each once, in order."""
         return list(dict.fromkeys(run.job_id for run in self._left.values()))
+
+    def own_jobs(self, own: Path) -> list[str]:
+        """Those of `jobs` that do nothing but runs that are waited for here.
+
+        Args:
+            own: the directory of the sweep whose jobs all are.
+        """
+        runs = Counter((run.sweep_dir, run.job_id) for run in self._all)
+        left = dict.fromkeys((run.sweep_dir, run.job_id) for run in self._left.values())
+        return [
+            job
+            for sweep_dir, job in left
+            if sweep_dir == own or runs[sweep_dir, job] == _size(sweep_dir, job)
+        ]
 
     def run(self, signals: StopSignals, until: float | None = None) -> None:
         """Go on until every run is answered, or a signal comes, or a moment.
@@ -175,6 +193,9 @@ class Watcher:
 
     def _take_report(self, run: Waiting) -> bool:
         try:
+            # (Nobody else's: what is unpickled may do anything.)
+            if run.ended_file.stat().st_uid != os.getuid():
+                return False
             ended = pickle.loads(read_bytes(run.ended_file))  # noqa: S301 - from our own job
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
             return False
@@ -184,8 +205,6 @@ class Watcher:
         return True
 
     def _end(self, run: Waiting, ended: Ended) -> None:
-        with contextlib.suppress(OSError):
-            run.ended_file.unlink()
         self._left.pop(run.plan.index, None)
         self._reports[run.ended_file.parent].pop(run.ended_file.name, None)
         if ended.skipped:
@@ -247,8 +266,10 @@ class Watcher:
     def _show(self, run: Waiting, found: Seen) -> None:
         if found.state is RunState.RUNNING:
             self._progress.start(run.plan.index, run.record.model_name, found.node or "running")
-        else:
-            self._progress.running.pop(run.plan.index, None)
+        elif self._progress.running.pop(run.plan.index, None) is not None:
+            self._progress.say(
+                f"{run.record.model_name} is back in Slurm's queue; it goes on as another attempt."
+            )
 
     def _say_why_pending(self, seen: dict[str, Seen]) -> None:
         """Say once of each reason that is no usual waiting for one's turn."""
@@ -296,8 +317,10 @@ class Watcher:
         return True
 
     def _settle(self, run: Waiting, found: Seen | None) -> None:
+        assert run.over_since is not None
+        certain = found is not None and self._clock() - run.over_since >= _CERTAIN_S
         try:
-            record = settle(run.run, run.record, run.job_id, found, run.job_logs)
+            record = settle(run.run, run.record, run.job_id, found, run.job_logs, certain=certain)
         except OSError as error:
             record = run.record.advance(RunState.LOST)
             self._end(
@@ -306,8 +329,10 @@ class Watcher:
             return
         if record is not None:
             self._end(run, Ended(record))
-        else:  # somebody else has the run: look again
-            run.over_since = self._clock()
+        elif certain:  # another sweep has the run by now, and says how it ends
+            lost = run.record.advance(RunState.LOST)
+            why = f"{run.run.path} is another sweep's now"
+            self._end(run, Ended(lost, warning=why))
 
     def summary(self) -> str:
         """How many runs wait and run, and the jobs that do them."""
@@ -331,6 +356,12 @@ _USUAL = frozenset(
         "Resources",
     }
 )
+
+
+def _size(sweep_dir: Path, job_id: str) -> int:
+    """How many runs a job of another sweep has."""
+    ledger = read_ledger(sweep_dir)
+    return next((len(job.runs) for job in ledger.jobs if job.id == job_id), 0) if ledger else 0
 
 
 def _names(directory: Path) -> list[str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.queue.scheduler import Scheduler
 from orchestrator.queue.signals import StopSignals
 from orchestrator.queue.wire import Started
+from orchestrator.slurm.allocation import end_of_job
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,14 +30,15 @@ class PackSignals(StopSignals):
     """Slurm's signals: SIGUSR2 announces the end of the job, SIGTERM asks for it."""
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    # (The batch script ignores it until there is somebody to take it.)
+    always = (signal.SIGUSR2,)
 
     def __init__(self, job: JobTime) -> None:
         super().__init__()
         self.warned = False
         self._job = job
-        # (A limit that was changed while the job ran is known to newer versions of Slurm.)
-        end = os.environ.get("SLURM_JOB_END_TIME", "")
-        self._end = float(end) if end.isdecimal() else time.time() + job.limit_s
+        # By what was asked for; sbatch may have been told otherwise, or the limit changed since.
+        self._planned_end = time.time() + job.limit_s
 
     @property
     def told(self) -> bool:
@@ -51,8 +53,15 @@ class PackSignals(StopSignals):
     @property
     def timed_out(self) -> bool:
         """Whether it is the job's own time that is up; else it was preempted, or cancelled."""
+        if not self.told:
+            return False
         ahead = self._job.signal_delay_s if self.warned else 0.0
-        return self.told and time.time() + ahead + _SLACK_S >= self._end
+        return time.time() + ahead + _SLACK_S >= self._end
+
+    @cached_property
+    def _end(self) -> float:
+        """When the job's time is up, as Slurm says; asked once, when it matters."""
+        return end_of_job() or self._planned_end
 
     @property
     def ends_early(self) -> bool:

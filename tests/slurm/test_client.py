@@ -191,7 +191,7 @@ def test_an_array_of_200_is_one_question(cluster):
     client.poll(ids)
     assert len(recorder.calls) == 1
 
-    client.throttle(array, 6)
+    cluster.scontrol("update", f"jobid={array}", "arraytaskthrottle=6")
     client.cancel([f"{array}_0", *(f"{array}_{task}" for task in range(5, 200, 2))])
     assert len(recorder.of("scancel")) == 1
     # Tasks that had not started are nowhere; 97 ranges are more than 64 characters.
@@ -272,12 +272,17 @@ def test_without_accounting_nothing_is_known_and_it_is_left_alone_for_a_minute(c
 def test_the_limits_of_the_cluster(cluster, client):
     limits = client.limits()
     version = cluster.run("squeue", "--version").stdout.split()[-1]
-    assert limits == Limits(1001, 2.0, version, requeue=True, min_job_age_s=300.0)
+    assert limits == Limits(
+        1001, 2.0, version, requeue=True, cluster=limits.cluster, min_job_age_s=300.0
+    )
+    assert limits.cluster in cluster.run("scontrol", "show", "config").stdout
 
 
-def test_throttling_an_array_that_ended_is_quiet(client, jobs):
-    client.throttle(jobs["good"], 3)
-    client.throttle("99999999", 3)
+def test_a_job_is_found_by_its_comment(cluster, client):
+    array = submit(cluster, "exec sleep 300", "--array=0-3%1", "--comment=some words | 1a2b")
+    assert client.find("some words | 1a2b") == array
+    assert client.find("some words") == ""
+    client.cancel([array])
 
 
 def test_what_a_job_that_was_put_back_used_adds_up(cluster, client, jobs):
@@ -310,7 +315,7 @@ def test_slurmctld_that_is_down_is_said_within_the_timeout(cluster, jobs):
             client.cancel([jobs["good"]])
         with pytest.raises(SlurmUnreachable, match=r"scontrol did not answer"):
             client.limits()
-        client.throttle(jobs["good"], 2)
+        assert client.find("some words") == ""
         assert time.monotonic() - began < 5
     assert states(SlurmClient(environ=cluster.env).poll([jobs["good"]])) == {
         jobs["good"]: COMPLETED

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from submitit.slurm.slurm import _convert_mem, _make_sbatch_string
 
-from orchestrator.slurm.cluster_file import _megabytes, _seconds, read_cluster_file
+from orchestrator.slurm.amounts import seconds_of
+from orchestrator.slurm.cluster_file import _megabytes, read_cluster_file
 from orchestrator.slurm.settings import SlurmSettings
 from orchestrator.sweep.errors import SweepError
 
@@ -433,12 +434,12 @@ def test_memory_is_never_rounded_down(amount, unit):
 @given(st.integers(0, 100), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
 def test_times_are_read_as_slurm_reads_them(days, hours, minutes, seconds):
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    assert _seconds(f"{days}-{hours:02d}:{minutes:02d}:{seconds:02d}") == total
-    assert _seconds(f"{days}-{hours}:{minutes}") == total - seconds
-    assert _seconds(f"{days}-{hours}") == (days * 24 + hours) * 3600
-    assert _seconds(f"{hours}:{minutes:02d}:{seconds:02d}") == total - days * 86400
-    assert _seconds(f"{minutes}:{seconds:02d}") == minutes * 60 + seconds
-    assert _seconds(f"{minutes}") == minutes * 60
+    assert seconds_of(f"{days}-{hours:02d}:{minutes:02d}:{seconds:02d}") == total
+    assert seconds_of(f"{days}-{hours}:{minutes}") == total - seconds
+    assert seconds_of(f"{days}-{hours}") == (days * 24 + hours) * 3600
+    assert seconds_of(f"{hours}:{minutes:02d}:{seconds:02d}") == total - days * 86400
+    assert seconds_of(f"{minutes}:{seconds:02d}") == minutes * 60 + seconds
+    assert seconds_of(f"{minutes}") == minutes * 60
 
 
 @pytest.mark.parametrize(
@@ -450,5 +451,5 @@ def test_a_time_limit_is_rounded_up_to_minutes(read, time, minutes):
 
 @given(st.text(max_size=12))
 def test_text_is_read_as_a_time_and_as_memory_or_refused(text):
-    assert _seconds(text) is None or _seconds(text) >= 0
+    assert seconds_of(text) is None or seconds_of(text) >= 0
     assert _megabytes(text, "M") is None or _megabytes(text, "M") > 0
