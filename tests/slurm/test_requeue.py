@@ -156,6 +156,7 @@ def test_jobs_go_on_after_a_requeue(together):
         a_pack_is_warned,
         a_pack_of_fresh_interpreters_is_warned,
         a_pack_is_put_back_by_slurm,
+        a_pack_that_is_still_saving,
         runs_that_ignore_the_warning,
         ranks_are_warned,
     )
@@ -252,6 +253,26 @@ def a_pack_is_put_back_by_slurm(slurm, sweep):
     attempts = [records[x]["return_value"]["attempt"] for x in range(6)]
     assert attempts == [1, 1, 2, 2, 1, 1]
     assert [record["slurm_job_id"] for record in records.values()] == [job] * 6
+
+
+def a_pack_that_is_still_saving(slurm, sweep):
+    """What has saved goes on in the same job, whoever types the same command meanwhile."""
+    sweep.plan({0: "save", 1: "gate"})
+    words = ("x=0,1", "hydra.launcher.runs_per_job=2", "hydra.launcher.cpus_per_task=2")
+    first = sweep.run(*words, "hydra.launcher.wait=false", app="warned.py")
+    assert first.status == 0, first
+    sweep.until_started(0, 1)
+    warn(slurm, sweep, 0)
+    until(lambda: sweep.notes("saved"), 10, lambda: sweep)
+    running = sweep.start(*words, app="warned.py")
+    running.says("2 runs under way already")
+    sweep.open()
+    done = running.wait(AGAIN_S)
+    assert done.status == 0, done
+    assert "Submitted" not in done.text, done
+    assert sweep.states() == {0: "COMPLETED", 1: "COMPLETED"}
+    assert sweep.started() == [0, 0, 1]
+    assert states_of(sweep.records()[0]["attempts"]) == [("TIMEOUT", "Preempted")]
 
 
 def runs_that_ignore_the_warning(slurm, sweep):
