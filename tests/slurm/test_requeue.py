@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from slurm_sweeps import until
 
+from orchestrator.slurm import within
 from orchestrator.slurm.pack import JobTime, Pack
 from orchestrator.slurm.within import PackSignals
 
@@ -452,6 +454,25 @@ def children_of_runs_are_not_warned(slurm, sweep):
     assert sorted(notes) == [(x, "child None") for x in (0, 1, 2, 3, 3)]
 
 
+def test_slurm_is_slow_to_answer(slurm, sweep):
+    """What Slurm is asked in a job that is being ended keeps nobody waiting."""
+    (sweep.directory / "warned.py").write_text(APP)
+    sweep.plan({"all": "gate"})
+    real = slurm.run("which", "squeue").stdout.strip()
+    slow = f'#!/bin/sh\n[ -z "$SLURM_JOB_ID" ] || sleep 3\nexec {real} "$@"\n'
+    with slurm.shim("squeue", slow):
+        running = sweep.start(
+            *("x=0,1", "hydra.launcher.runs_per_job=2", "hydra.launcher.cpus_per_task=2"),
+            app="warned.py",
+        )
+        sweep.until_started(0, 1)
+        slurm.run("scancel", sweep.job(0))
+        sweep.until_states({0: "CANCELLED", 1: "CANCELLED"}, timeout=10)
+        done = running.wait(20)
+    assert done.status == 1, done
+    assert "2 cancelled" in done.text, done
+
+
 # --- preemption by a job of more importance ---
 
 
@@ -537,10 +558,8 @@ def signals(monkeypatch):
     made = []
 
     def make(left_s=None, **changes):
-        if left_s is None:
-            monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-        else:
-            monkeypatch.setenv("SLURM_JOB_END_TIME", str(round(time.time() + left_s)))
+        end = None if left_s is None else time.time() + left_s
+        monkeypatch.setattr(within, "end_of_job", lambda: end)
         made.append(PackSignals(job_time(**changes)))
         return made[-1]
 
@@ -619,10 +638,8 @@ def test_a_job_that_cannot_come_again_is_not_ended_early(left_s, timeouts_left, 
 
 
 def test_a_pack_counts_its_timeouts():
-    pack = Pack(
-        *("/nowhere", b"", (), True, None, {}, "continue", True, True),
-        time=job_time(timeouts_left=3),
-    )
+    names = [one.name for one in dataclasses.fields(Pack)]
+    pack = Pack(**dict.fromkeys(names) | {"time": job_time(timeouts_left=3)})
     assert pack.after_timeout().time == job_time(timeouts_left=2)
     assert pack.after_timeout().after_timeout().time.timeouts_left == 1
     assert pack.time.timeouts_left == 3
