@@ -58,6 +58,11 @@ def unfinished_sweeps(directory: Path) -> list[tuple[Path, SweepFile]]:
     return sorted(found, key=lambda item: item[1].started_at)
 
 
+def sweep_directories(directory: Path) -> Iterator[Path]:
+    """The own directories of all sweeps below a directory, at any depth."""
+    return (path.parent for path in _sweep_files(directory))
+
+
 def _sweep_files(directory: Path | str) -> Iterator[Path]:
     entries = _entries(directory)
     is_run = any(entry.name in (RECORD, CLAIM) for entry in entries)

@@ -16,9 +16,9 @@ import msgspec
 from orchestrator.cli.output import plural, printable, reported_errors
 from orchestrator.cli.slurm_runs import LEDGER, members
 from orchestrator.errors import OrchestratorError
-from orchestrator.live_sweeps import SweepFile, unfinished_sweeps
+from orchestrator.live_sweeps import SweepFile, sweep_directories, unfinished_sweeps
 from orchestrator.processes import hostname, is_alive, start_time
-from orchestrator.results.reading import Reading, read_runs
+from orchestrator.results.reading import Reading, check_directory, read_runs
 from orchestrator.store import read_bytes
 
 if TYPE_CHECKING:
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 # A launcher ends its jobs, which may take their grace, and writes its results.
 _LAUNCHER_S = 60.0
 _LOOK_S = 0.1
+# As in `orchestrator.slurm.ledger`, which is not loaded where there is none of these.
+ARRAYS = "arrays"
+# No job waits for so long; its id may be another's by then.
+_FORGOTTEN_S = 90 * 86_400.0
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -85,7 +89,7 @@ def _stop(directory: str, wanted: str | None, *, every: bool) -> Iterator[str]:
         said = []
         if target.launcher is not None:
             said.append(_end_launcher(target, target.launcher))
-        if (target.directory / LEDGER).exists():
+        if target.jobs or (target.directory / LEDGER).exists():
             said.append(_cancel(target))
         yield " ".join(filter(None, said))
 
@@ -101,7 +105,13 @@ def _choose(directory: str, wanted: str | None, *, every: bool) -> list[_Target]
     Raises:
         OrchestratorError: it has to be said which, or it cannot be stopped from here.
     """
-    targets = _on_slurm(read_runs([directory]), directory)
+    check_directory(directory)
+    problem: OrchestratorError | None = None
+    targets: dict[Path, _Target] = {}
+    try:
+        targets = _on_slurm(Path(directory))
+    except OrchestratorError as error:  # sweeps of this machine can be stopped nevertheless
+        problem = error
     unfinished = unfinished_sweeps(Path(directory))
     for path, sweep in unfinished:
         if sweep.runs_here:
@@ -116,30 +126,53 @@ def _choose(directory: str, wanted: str | None, *, every: bool) -> list[_Target]
         return launchers
     if chosen or (targets and wanted):
         raise OrchestratorError(_which(directory, wanted, targets))
+    if problem is not None:
+        raise problem
     away = [s for _, s in unfinished if s.host != hostname() and wanted in (None, s.sweep_id)]
     if away:
         raise OrchestratorError(_is_away(away))
     return []
 
 
-def _on_slurm(reading: Reading, directory: str) -> dict[Path, _Target]:
-    """Sweeps below a directory whose jobs are in Slurm's queue."""
-    given = [run for run in _given(reading) if run.job_id]
-    if not given:
+def _on_slurm(directory: Path) -> dict[Path, _Target]:
+    """Sweeps below a directory whose jobs are in Slurm's queue, whatever has become of their runs.
+
+    Raises:
+        OrchestratorError: Slurm cannot be asked.
+    """
+    sweeps = list(sweep_directories(directory))
+    found = [path for path in sweeps if (path / LEDGER).is_file()]
+    exported = {array.name: array.parent.parent for s in sweeps for array in _listed(s / ARRAYS)}
+    if not found and not exported:
         return {}
     from orchestrator.slurm.client import SlurmClient
-    from orchestrator.slurm.reconcile import of_this_cluster
+    from orchestrator.slurm.ledger import read_ledger
 
     client = SlurmClient()
-    given = of_this_cluster(given, client)
-    seen = client.poll({run.job_id for run in given})
-    top = Path(os.path.realpath(directory))
+    here = client.limits().cluster
+    since = time.time() - _FORGOTTEN_S
+    jobs: dict[str, Path] = {}
+    for path in found:
+        ledger = read_ledger(path)
+        ours = path.stat().st_uid == os.getuid()
+        if ledger and ours and ledger.cluster in ("", here) and ledger.submitted_at > since:
+            jobs |= dict.fromkeys((job.id for job in ledger.jobs), Path(os.path.realpath(path)))
     targets: dict[Path, _Target] = {}
-    for run in given:
-        live = run.job_id in seen and not seen[run.job_id].state.is_final
-        if live and run.sweep_dir.is_relative_to(top):
-            targets.setdefault(run.sweep_dir, _Target(run.sweep_dir)).jobs.add(run.job_id)
+    for job, seen in client.poll(jobs).items():
+        if not seen.state.is_final:
+            sweep_dir = jobs[job]
+            targets.setdefault(sweep_dir, _Target(sweep_dir)).jobs.add(job)
+    for task in client.live(exported):
+        sweep_dir = Path(os.path.realpath(exported[task.partition("_")[0]]))
+        targets.setdefault(sweep_dir, _Target(sweep_dir)).jobs.add(task)
     return targets
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
 
 
 def _given(reading: Reading) -> list[Given]:
@@ -238,8 +271,13 @@ def _cancel(target: _Target) -> str:
         given = _given(read_runs([str(target.root)]))
         return [run for run in given if run.sweep_dir == target.directory]
 
-    stopped = stop_jobs(find, SlurmClient())
-    if not stopped.runs:
+    client = SlurmClient()
+    stopped = stop_jobs(find, client)
+    # Some may have no run any more: it was removed, or done by somebody else.
+    if others := sorted(target.jobs - set(stopped.jobs)):
+        client.cancel(others)
+        stopped.jobs += others
+    if not stopped.jobs and not stopped.runs:
         return ""
     count = plural(len(stopped.jobs), "Slurm job")
     ids = f" ({' '.join(collapse(stopped.jobs))})" if stopped.jobs else ""

@@ -207,10 +207,10 @@ class Keeper:
         return record, tree
 
     def _ended_by_sigterm(self, tree: JobTree) -> bool:
-        error = self._outcome.error if self._outcome else None
-        return tree.returncode == -signal.SIGTERM or (
-            error is not None and error.type == "EndedBySignal"
-        )
+        if self._outcome is None:  # it may have come before the job could say anything
+            return tree.returncode != 0
+        error = self._outcome.error
+        return error is not None and error.type == "EndedBySignal"
 
     def _await_order(self) -> Reason | None:
         """Slurm's signal may have reached the job before the launcher, which knows why."""

@@ -35,11 +35,12 @@ def end_of_job(environ: Mapping[str, str] = os.environ) -> float | None:
     None where Slurm does not say, or sets no limit.
     """
     # (Not its end time: of a job that is being cancelled that is now.)
-    words = ["squeue", "--noheader", f"--jobs={environ.get('SLURM_JOB_ID')}", "--format=%S|%l"]
+    words = ["squeue", "--noheader", f"--jobs={job_id(environ)}", "--format=%S|%l"]
+    clean = {name: value for name, value in environ.items() if not name.startswith("SQUEUE_")}
     try:
         done = subprocess.run(
             words,
-            env={**environ, "SLURM_TIME_FORMAT": "%s"},
+            env={**clean, "SLURM_TIME_FORMAT": "%s"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

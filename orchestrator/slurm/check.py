@@ -53,10 +53,11 @@ def check(settings: SlurmSettings, config: DictConfig) -> None:
     for name in ("max_num_timeout", "signal_delay_s"):
         _at_least(settings, name, 0)
     _check_sweeper(settings, config)
-    sweep_dir = str(Path(str(settings.submitit_folder or config.hydra.sweep.dir)).absolute())
-    if "%" in sweep_dir.replace("%j", "") or "\\" in sweep_dir or not sweep_dir.isprintable():
-        expected = "a path without %, backslashes and line ends, which Slurm reads otherwise"
-        raise SweepError(f"The sweep's directory is {sweep_dir!r}; expected {expected}.")
+    folder = (settings.submitit_folder or "").removesuffix("%j")
+    for path in (Path(str(config.hydra.sweep.dir)).absolute(), Path(folder).absolute()):
+        if "%" in str(path) or "\\" in str(path) or not str(path).isprintable():
+            expected = "a path without %, backslashes and line ends, which Slurm reads otherwise"
+            raise SweepError(f"The sweep would write to {str(path)!r}; expected {expected}.")
     if settings.runs_per_job > 1 and _several_tasks(settings):
         raise SweepError(
             f"hydra.launcher.runs_per_job is {settings.runs_per_job} and each job has several "

@@ -210,12 +210,27 @@ class SlurmClient:
             which = ["--state=PENDING"] if only_waiting else []
             self._ask("scancel", *which, *collapse(some), timeout_s=timeout_s)
 
-    def find(self, comment: str) -> str:
-        """The id of this user's job (or array) with a comment; empty where there is none.
+    def live(self, arrays: Collection[str]) -> list[str]:
+        """Tasks of some arrays that are in the queue or run.
 
-        Where Slurm cannot be asked, none is found.
+        Raises:
+            SlurmUnreachable: squeue fails or does not answer.
         """
-        words = ("--noheader", f"--user={os.getuid()}", "--states=all", "--format=%F|%k")
+        rows = _read_queue(self._queue()) if arrays else ()
+        return [
+            task
+            for job, seen in rows
+            if base_of(job) in arrays and not seen.state.is_final
+            for task in expand(job)
+        ]
+
+    def find(self, comment: str) -> str:
+        """The id of this user's job (or array) in the queue with a comment; empty: there is none.
+
+        (What sbatch refuses may have left a job, too, which is over.) Where Slurm cannot be asked,
+        none is found.
+        """
+        words = ("--noheader", f"--user={os.getuid()}", "--format=%F|%k")
         with contextlib.suppress(SlurmUnreachable):
             for line in self._ask("squeue", *words).splitlines():
                 job, _, said = line.partition("|")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING
@@ -311,7 +312,8 @@ class SlurmLaunch:
         if watcher.jobs:
             ids = " ".join(collapse(watcher.jobs))
             follow = _how_to_follow(self.sweep.root, "the same command again waits for them")
-            self.progress.say(f"Left to Slurm: {watcher.summary()}, in {ids}. {follow}")
+            what = "Cancelled, and not gone yet" if self.progress.brief else "Left to Slurm"
+            self.progress.say(f"{what}: {watcher.summary()}, in {ids}. {follow}")
         else:
             again = "The same command again runs what is missing."
             said = counts(self.progress) if self.progress.ran else "nothing was submitted"
@@ -327,13 +329,16 @@ class SlurmLaunch:
             self.progress.say(f"{others_ids} goes on: it does runs of another sweep, too.")
         self.progress.stopping(0)
         self.progress.brief = True
+        # Beside this thread: a second Ctrl+C does not wait for a Slurm that does not answer.
+        threading.Thread(target=self._cancel_jobs, args=(jobs,), daemon=True).start()
+        watcher.hurry()
+        watcher.run(signals, time.monotonic() + self.kill_wait_s + _CANCEL_S)
+
+    def _cancel_jobs(self, jobs: Sequence[str]) -> None:
         try:
             self.client.cancel(jobs)
         except SlurmUnreachable as error:
             self.progress.say(str(error))
-        else:
-            watcher.hurry()
-            watcher.run(signals, time.monotonic() + self.kill_wait_s + _CANCEL_S)
 
 
 def _how_to_follow(root: Path, again: str) -> str:

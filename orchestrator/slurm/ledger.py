@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LEDGER = "slurm.json"
+# Beside it, a file for each array that an exported script was submitted as, once a task has begun.
+ARRAYS = "arrays"
 SCHEMA_VERSION = 1
 
 

@@ -105,6 +105,10 @@ def checked(resources: dict[str, Any]) -> dict[str, Any]:
         value = resources.get(key)
         if value is not None and not is_fine(value):
             raise SweepError(f"hydra.launcher.{key} is {value!r}; expected {expected}.")
+    memory = [key for key in ("mem_gb", "mem_per_cpu", "mem_per_gpu") if resources.get(key)]
+    if len(memory) > 1:
+        both = " and ".join(f"hydra.launcher.{key}" for key in memory)
+        raise SweepError(f"{both} are set; Slurm takes one of them. Set the others to null.")
     if "timeout_min" not in resources:
         return resources
     minutes = minutes_of(resources["timeout_min"])

@@ -97,12 +97,22 @@ def corrected(run: RunDir, record: RunRecord, job_id: str, seen: Seen | None) ->
     error = ErrorInfo(_TYPES[state], _sentence(record, job_id, seen))
     better = msgspec.structs.replace(record, state=state, error=error)
     with contextlib.suppress(OSError):
-        run.write(better)
+        lock = RunLock.acquire(run)
+        if lock is None:
+            return record
+        try:
+            if run.try_read() == record:  # else it goes on by now
+                run.write(better)
+        finally:
+            lock.release()
     return better
 
 
 def ended_as(found: RunRecord, job_id: str, seen: Seen | None, job_logs: str = "") -> RunRecord:
     """The record of a run as its Slurm job left it, in the final state that Slurm's words mean."""
+    if seen is not None and seen.state is RunState.CANCELLED and not seen.node:
+        # Said of tasks of an array that never had a node; this one had.
+        seen = seen if found.started_at is None else None
     state = _state(found, seen)
     # A job that fails before its first run has said why in its own log, if anywhere.
     failed_first = found.started_at is None and state is RunState.FAILED

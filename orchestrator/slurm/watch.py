@@ -17,7 +17,7 @@ from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.ledger import read_ledger
 from orchestrator.slurm.pack import ENDED
 from orchestrator.slurm.settle import corrected, settle
-from orchestrator.store import RunDir, read_bytes
+from orchestrator.store import RunDir
 from orchestrator.wording import plural
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # How often the directory is looked at in which jobs report.
 _LOOK_S = 0.25
+_TICK_NS = 2_000_000_000
 # Slurm is asked this often at first, and less as the sweep grows old: a share of its age.
 _FIRST_POLL_S = 1.0
 _POLL_SHARE = 0.05
@@ -122,6 +123,8 @@ class Watcher:
         self._look_at = clock()
         self._silent = False
         self._reasons_said: set[str] = set()
+        # When the directories of reports had changed, the last time they were listed.
+        self._looked: dict[Path, int] = {}
         self.failures = failures
         self._closed = False
 
@@ -187,17 +190,23 @@ class Watcher:
 
     def _take_reports(self) -> None:
         for directory, runs in self._reports.items():
+            changed = _changed_at(directory)
+            if changed == self._looked.get(directory):
+                continue
+            # (A change in the same tick of its clock is seen the next time.)
+            self._looked[directory] = changed if time.time_ns() - changed > _TICK_NS else -1
             for name in _names(directory):
                 if name in runs:
                     self._take_report(runs[name])
 
     def _take_report(self, run: Waiting) -> bool:
         try:
-            # (Nobody else's: what is unpickled may do anything.)
-            if run.ended_file.stat().st_uid != os.getuid():
-                return False
-            ended = pickle.loads(read_bytes(run.ended_file))  # noqa: S301 - from our own job
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError):
+            with run.ended_file.open("rb") as file:
+                # (Nobody else's: what is unpickled may do anything.)
+                if os.fstat(file.fileno()).st_uid != os.getuid():
+                    return False
+                ended = pickle.load(file)  # noqa: S301 - from our own job
+        except Exception:  # noqa: BLE001 - what cannot be read is not there: the record is
             return False
         if not isinstance(ended, Ended):
             return False
@@ -294,6 +303,10 @@ class Watcher:
                 silent.append(run)
         if not silent:
             return
+        for run in silent:
+            if run.never_began and (found_record := run.run.try_read()) is not None:
+                # It had begun after all: why it ended, Slurm has not said.
+                run.seen = run.seen if found_record.started_at is None else None
         unknown = [run.job_id for run in silent if run.seen is None or not run.seen.state.is_final]
         since = min(run.submitted_at for run in silent)
         accounted = self._client.ended(unknown, since) if unknown else {}
@@ -362,6 +375,13 @@ def _size(sweep_dir: Path, job_id: str) -> int:
     """How many runs a job of another sweep has."""
     ledger = read_ledger(sweep_dir)
     return next((len(job.runs) for job in ledger.jobs if job.id == job_id), 0) if ledger else 0
+
+
+def _changed_at(directory: Path) -> int:
+    try:
+        return directory.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _names(directory: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from functools import cached_property
@@ -38,7 +39,8 @@ class PackSignals(StopSignals):
         self.warned = False
         self._job = job
         # By what was asked for; sbatch may have been told otherwise, or the limit changed since.
-        self._planned_end = time.time() + job.limit_s
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        self._planned_end = float(end) if end.isdecimal() else time.time() + job.limit_s
 
     @property
     def told(self) -> bool:
@@ -58,9 +60,16 @@ class PackSignals(StopSignals):
         ahead = self._job.signal_delay_s if self.warned else 0.0
         return time.time() + ahead + _SLACK_S >= self._end
 
-    @cached_property
+    @property
     def _end(self) -> float:
-        """When the job's time is up, as Slurm says; asked once, when it matters."""
+        """When the job's time is up.
+
+        At a warning Slurm is asked; when it wants the job to end there is no time for that.
+        """
+        return self._said_end if self.warned else self._planned_end
+
+    @cached_property
+    def _said_end(self) -> float:
         return end_of_job() or self._planned_end
 
     @property
@@ -109,13 +118,13 @@ class PackScheduler(Scheduler):
         if self._slurm.received:
             self._stop_all()
         elif self._slurm.warned and self._deadline is None:
-            saving_s = self._saving_s if self._slurm.ends_early else float("inf")
-            self._deadline = self._context.clock() + saving_s
-            self._context.progress.say(
-                f"Slurm announces the end; {len(self._jobs)} running are told."
-            )
+            self._deadline = float("inf")
             for job in self._jobs.values():
                 job.link.warn()
+            told = len(self._jobs)
+            self._context.progress.say(f"Slurm announces the end; {told} running are told.")
+            if self._slurm.ends_early:
+                self._deadline = self._context.clock() + self._saving_s
 
     def _stop_all(self) -> None:
         for job in self._jobs.values():

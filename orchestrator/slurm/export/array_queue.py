@@ -27,6 +27,7 @@ from orchestrator.queue.settings import QueueSettings
 from orchestrator.record import RunState
 from orchestrator.slurm.allocation import allocated_cores, job_id, queue_settings
 from orchestrator.slurm.export.array_task import LAUNCHER, read_task
+from orchestrator.slurm.ledger import ARRAYS
 from orchestrator.store import RunDir
 from orchestrator.sweep.directory import make_writable
 from orchestrator.sweep.errors import SweepError
@@ -258,6 +259,11 @@ class ArrayBook(SweepBook):
             sweep_id=self._sweep_id,
             versions=code_versions(code_directory(self._function)),
         )
+        if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+            # What `orchestrator-status stop` cancels: waiting tasks have no records.
+            folder = self._sweep.directory / ARRAYS
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / array).touch()
         return self._sweep
 
     def close(self, progress: Progress, answers: Answers, *, complete: bool) -> str:
