@@ -454,9 +454,12 @@ class _Keeper:
             **self.told,
             # libmariadb's own name for its socket: the database needs no port.
             "MYSQL_UNIX_PORT": str(self.mysql),
+            # Two databases that are installed at once mix up their temporary tables in /tmp.
+            "TMPDIR": str(folder / "tmp"),
             # The default of 64 arenas is memory for nothing here.
             "MALLOC_ARENA_MAX": "2",
         }
+        (folder / "tmp").mkdir()
         self.running = {}
         self.write(wanted)
         self.commands = {
