@@ -461,12 +461,11 @@ def test_slurm_is_slow_to_answer(slurm, sweep):
     real = slurm.run("which", "squeue").stdout.strip()
     slow = f'#!/bin/sh\n[ -z "$SLURM_JOB_ID" ] || sleep 3\nexec {real} "$@"\n'
     with slurm.shim("squeue", slow):
-        running = sweep.start(
-            *("x=0,1", "hydra.launcher.runs_per_job=2", "hydra.launcher.cpus_per_task=2"),
-            app="warned.py",
-        )
+        running = sweep.start("x=0,1", app="warned.py")
         sweep.until_started(0, 1)
-        slurm.run("scancel", sweep.job(0))
+        # As a preemption may come: the warning and the end at the same moment.
+        os.kill(min(slurm.job_processes(sweep.job(1))), signal.SIGUSR2)
+        slurm.run("scancel", sweep.job(0), sweep.job(1))
         sweep.until_states({0: "CANCELLED", 1: "CANCELLED"}, timeout=10)
         done = running.wait(20)
     assert done.status == 1, done
@@ -558,7 +557,8 @@ def signals(monkeypatch):
     made = []
 
     def make(left_s=None, **changes):
-        end = None if left_s is None else time.time() + left_s
+        end = None if left_s is None else round(time.time() + left_s)
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(end or ""))
         monkeypatch.setattr(within, "end_of_job", lambda: end)
         made.append(PackSignals(job_time(**changes)))
         return made[-1]
@@ -602,6 +602,17 @@ def test_whose_time_is_up(left_s, number, timed_out, signals):
     assert one.timed_out == timed_out
     assert one.reason == ("SLURM_TIMEOUT" if timed_out else "SLURM_ENDED")
     assert one.may_go_on == (number == signal.SIGUSR2)
+
+
+def test_a_limit_that_was_moved(signals, monkeypatch):
+    """Slurm is asked at a warning; when it ends the job there is no time for that."""
+    one, other = signals(3000), signals(3000)
+    monkeypatch.setattr(within, "end_of_job", lambda: time.time() + 100)
+    one._handle(signal.SIGUSR2, None)
+    assert one.timed_out
+    monkeypatch.setattr(within, "end_of_job", lambda: pytest.fail("asked"))
+    other._handle(signal.SIGTERM, None)
+    assert not other.timed_out
 
 
 def test_a_short_limit_is_near_from_the_start(signals):
