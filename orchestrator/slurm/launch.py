@@ -329,16 +329,20 @@ class SlurmLaunch:
             self.progress.say(f"{others_ids} goes on: it does runs of another sweep, too.")
         self.progress.stopping(0)
         self.progress.brief = True
+        failed = threading.Event()
         # Beside this thread: a second Ctrl+C does not wait for a Slurm that does not answer.
-        threading.Thread(target=self._cancel_jobs, args=(jobs,), daemon=True).start()
+        cancelling = threading.Thread(target=self._cancel_jobs, args=(jobs, failed), daemon=True)
+        cancelling.start()
         watcher.hurry()
-        watcher.run(signals, time.monotonic() + self.kill_wait_s + _CANCEL_S)
+        watcher.run(signals, time.monotonic() + self.kill_wait_s + _CANCEL_S, failed.is_set)
 
-    def _cancel_jobs(self, jobs: Sequence[str]) -> None:
+    def _cancel_jobs(self, jobs: Sequence[str], failed: threading.Event) -> None:
         try:
             self.client.cancel(jobs)
         except SlurmUnreachable as error:
             self.progress.say(str(error))
+            self.progress.brief = False
+            failed.set()
 
 
 def _how_to_follow(root: Path, again: str) -> str:

@@ -151,18 +151,24 @@ class Watcher:
             if sweep_dir == own or runs[sweep_dir, job] == _size(sweep_dir, job)
         ]
 
-    def run(self, signals: StopSignals, until: float | None = None) -> None:
+    def run(
+        self,
+        signals: StopSignals,
+        until: float | None = None,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Go on until every run is answered, or a signal comes, or a moment.
 
         Args:
             signals: says when to stop.
             until: on the clock.
+            given_up: asked now and then; true: nothing is waited for any more.
         """
         so_far = len(signals.received)
         with selectors.DefaultSelector() as selector:
             selector.register(signals, selectors.EVENT_READ)
             while self._left and len(signals.received) == so_far:
-                if until is not None and self._clock() >= until:
+                if given_up() or (until is not None and self._clock() >= until):
                     return
                 self.step()
                 if self._left and selector.select(self._patience()):
