@@ -7,7 +7,7 @@ import time
 
 import msgspec
 import pytest
-from slurm_sweeps import until
+from slurm_sweeps import WORDS, until
 
 from orchestrator.record import ErrorInfo
 from orchestrator.slurm import ranks
@@ -51,12 +51,12 @@ def main(cfg):
         "run_dir": str(orchestrator.run_dir()),
         "output_dir": HydraConfig.get().runtime.output_dir,
         "attempt": orchestrator.attempt(),
-        "variable": os.environ["ORCHESTRATOR_ATTEMPT"],
+        "variable": os.environ.get("ORCHESTRATOR_ATTEMPT"),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "env": os.environ.get("OF_THE_USER"),
     }
     app.note(f"told {rank} {json.dumps(told)}", cfg)
-    return int(rank)
+    return int(rank or 0)
 
 
 if __name__ == "__main__":
@@ -180,6 +180,25 @@ def test_ends_of_ranks(slurm, ranked):
         assert steps(run / "attempts" / "1" / "ranks" / "1" / "metrics.jsonl") == [0]
     log = ranked.directory_of(1) / "attempts" / "1" / "ranks" / "1" / "train_stderr.log"
     assert "ValueError: as asked" in log.read_text()
+
+
+def test_a_run_that_is_done_already(slurm, ranked):
+    """Somebody else has done it while its job was waiting: no rank does it again."""
+    ranked.plan({1: "1:gate"})
+    first = ranked.run(
+        *("x=1", "hydra.launcher.tasks_per_node=2", "hydra.launcher.wait=false"),
+        "+hydra.launcher.additional_parameters.hold=true",
+        app="ranked.py",
+    )
+    assert first.status == 0, first
+    here = ("-m", "hydra/launcher=gpu_queue", "hydra/sweeper=grid")
+    done = ranked.run("x=1", base=(*here, *WORDS[3:5]), app="ranked.py")
+    assert done.status == 0, done
+    slurm.scontrol("release", *ranked.jobs())
+    assert set(ranked.sacct().values()) == {"COMPLETED"}
+    assert ranked.started() == [1]
+    (record,) = ranked.records().values()
+    assert (record["state"], record["slurm_job_id"], record["attempts"]) == ("COMPLETED", "", [])
 
 
 REFUSED = {
