@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -117,6 +119,8 @@ class Preempted(SystemExit):
 
 
 _warned = False
+# A descriptor that is readable once a job's time is nearly up; its keeper writes to it.
+WARNING_VARIABLE = "ORCHESTRATOR_WARNING_FD"
 
 
 def is_preempted() -> bool:
@@ -125,11 +129,16 @@ def is_preempted() -> bool:
     It becomes true ``hydra.launcher.signal_delay_s`` before Slurm's time limit, or when Slurm
     takes the node back; a task that asks after each epoch or so can save in time.
     """
+    descriptor = os.environ.get(WARNING_VARIABLE)
+    if not _warned and descriptor is not None:
+        with contextlib.suppress(OSError, ValueError):  # (a copied environment in another process)
+            if select.select([int(descriptor)], [], [], 0)[0]:
+                note_warning()
     return _warned
 
 
 def note_warning(*_: object) -> None:
-    """The handler of the signal that tells it."""
+    """Remember that the time is nearly up; the handler of a signal that tells it."""
     global _warned  # noqa: PLW0603 - a process works on one run at a time
     _warned = True
 

@@ -50,7 +50,9 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     install_sigterm_handler()
     if request.in_allocation:
-        install_warning_handler()
+        # It would end the job, and whatever it starts. (`orchestrator.is_preempted` hears of it
+        # by a descriptor; a handler of the task's own gets the signal, too.)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     run = RunDir(Path(request.directory))
     redirect(run)
     for name, value in request.env.items():
@@ -99,11 +101,6 @@ def install_sigterm_handler() -> None:
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM}),
         after_in_child=back_to_default,
     )
-
-
-def install_warning_handler() -> None:
-    """Have SIGUSR2, which would end the process, remembered for `orchestrator.is_preempted`."""
-    signal.signal(signal.SIGUSR2, current_run.note_warning)
 
 
 def redirect(run: RunDir) -> None:

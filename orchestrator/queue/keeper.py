@@ -39,6 +39,7 @@ from orchestrator.queue.wire import (
     unpack,
 )
 from orchestrator.record import ErrorInfo, RunRecord, RunState
+from orchestrator.run import WARNING_VARIABLE
 from orchestrator.store import RANKS, RunDir, RunLock, last_metrics
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ class Keeper:
         self._told_to_stop = False
         self._outcome: Outcome | None = None
         self._usage = Usage(None, None)
+        # Where the job hears that its time is nearly up; only in a Slurm job.
+        self._warning = -1
         self._leases: list[int] = []
 
     def keep(self, body: JobBody, leases: list[int]) -> None:
@@ -185,6 +188,7 @@ class Keeper:
     def _work(self, body: JobBody) -> tuple[RunRecord, JobTree]:
         """Fork the job and wait until it and all that it started are gone."""
         outcome_fd, job_outcome_fd = os.pipe()
+        warned, self._warning = os.pipe() if self._request.in_allocation else (-1, -1)
         record = self._record.advance(
             RunState.RUNNING,
             host=hostname(),
@@ -195,6 +199,10 @@ class Keeper:
         if pid == 0:
             for descriptor in (outcome_fd, signal.set_wakeup_fd(-1), *self._own):
                 os.close(descriptor)
+            if warned >= 0:
+                os.close(self._warning)
+                os.set_inheritable(warned, True)
+                os.environ[WARNING_VARIABLE] = str(warned)
             body(self._request, record, job_outcome_fd)
         os.close(job_outcome_fd)
         tree = JobTree(pid, self._request.kill_grace_s)
@@ -202,6 +210,9 @@ class Keeper:
         self._send(Started(pid, record.pid_started, os.getpid()))
         self._watch(tree, outcome_fd)
         os.close(outcome_fd)
+        if warned >= 0:
+            os.close(warned)
+            os.close(self._warning)
         if self._request.in_allocation and self._reason is None and self._ended_by_sigterm(tree):
             self._reason = self._last_order or self._await_order()
         return record, tree
@@ -276,6 +287,7 @@ class Keeper:
             elif isinstance(message, Usage):
                 self._usage = message
             elif isinstance(message, Warn):
+                os.write(self._warning, b"!")
                 tree.warn()
         if self._commands.closed:
             in_job = self._request.in_allocation

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.queue.job import (
     give_up,
     install_sigterm_handler,
-    install_warning_handler,
     open_streams,
     set_up_process,
     work,
@@ -166,8 +164,6 @@ def spawned_body(request: JobRequest, record: RunRecord, outcome_fd: int) -> NoR
     """Replace the forked child of the keeper by a fresh interpreter that does the job."""
     try:
         set_up_process(request, record)
-        if request.in_allocation:  # until the interpreter has a handler of its own
-            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         slim = replace(request, payload=None)
         payload = anonymous_file(
             pickle.dumps(sys.path), pickle.dumps((slim, outcome_fd)), request.payload or b""
@@ -184,8 +180,6 @@ def job_main(stream: Any) -> None:
     request, outcome_fd = pickle.load(stream)  # noqa: S301 - from our own launcher
     os.set_inheritable(outcome_fd, False)
     install_sigterm_handler()
-    if request.in_allocation:
-        install_warning_handler()
     open_streams()
 
     def load() -> Callable[[], JobReturn]:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from orchestrator.record import PREEMPTED, ErrorInfo
+from orchestrator.record import PREEMPTED, ErrorInfo, RunState
 from orchestrator.store import RANKS, RunDir, read_bytes, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import NoReturn
 
-    from orchestrator.slurm.pack import Pack
+    from orchestrator.slurm.pack import Pack, PackedRun
 
 _STATE = "rank.json"
 _LAST_WORDS_S = 1.5
@@ -51,7 +51,7 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
     from orchestrator import run as current_run
     from orchestrator.queue.job import (
         install_sigterm_handler,
-        install_warning_handler,
+        limit_threads,
         redirect,
         reseed,
     )
@@ -63,11 +63,12 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
     own = rank_dir(Path(run.directory), rank)
     own.mkdir(parents=True, exist_ok=True)
     state = RankState(_this_start(), rank)
+    if _is_done(pack, run):
+        _tell(own, msgspec.structs.replace(state, ended=True))
+        sys.exit(0)
     _tell(own, state)
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    attempt = len(run.record.attempts) + 1 + restarts
-    os.environ[current_run.ATTEMPT_VARIABLE] = str(attempt)
-    install_warning_handler()
+    threads = _set_environment(pack, run)
+    signal.signal(signal.SIGUSR2, current_run.note_warning)
     signal.signal(signal.SIGCONT, signal.SIG_DFL)
     install_sigterm_handler()
     redirect(RunDir(own))
@@ -78,6 +79,7 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
         task = load_task(io.BytesIO(pack.common))
         config = load_config(io.BytesIO(run.config))
         name_job(config, job_id())
+        limit_threads(threads)
         reseed(run.record.fingerprint)
         returned = call_task(task, config, run.directory, logs=str(own))
         returned.return_value  # noqa: B018 - raises what the task has raised
@@ -88,6 +90,51 @@ def run_rank(pack: Pack, rank: int) -> NoReturn:
             raise SystemExit(1) from None
     _tell(own, msgspec.structs.replace(state, ended=True))
     sys.exit(0)
+
+
+def _is_done(pack: Pack, run: PackedRun) -> bool:
+    """Whether somebody else has done the run while its job waited: rank 0 does not do it either."""
+    from orchestrator.slurm.allocation import job_id
+
+    found = RunDir(Path(run.directory)).try_read()
+    if found is None or found.state is not RunState.COMPLETED or found.slurm_job_id == job_id():
+        return False
+    ours = pack.resume or found.sweep_id == run.record.sweep_id
+    return ours and found.fingerprint == run.record.fingerprint
+
+
+def _set_environment(pack: Pack, run: PackedRun) -> int:
+    """Set the variables that rank 0 has from its local queue; returns the threads it may use."""
+    from orchestrator.queue.environment import job_environment
+    from orchestrator.queue.job import THREAD_VARIABLES
+    from orchestrator.queue.needs import Need
+    from orchestrator.run import ATTEMPT_VARIABLE
+    from orchestrator.slurm.allocation import allocated_cores
+
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    attempt = len(run.record.attempts) + 1 + restarts
+    variables = job_environment(
+        pack.settings,
+        (),
+        Need(gpus=0),
+        (),
+        os.environ,
+        num=run.num,
+        name=run.record.model_name,
+        directory=run.directory,
+        attempt=attempt,
+        cpu_only=True,
+    )
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    os.environ[ATTEMPT_VARIABLE] = str(attempt)
+    threads = pack.settings.threads or allocated_cores()
+    for name in THREAD_VARIABLES:
+        os.environ.setdefault(name, str(threads))
+    return threads
 
 
 def _own_error(error: BaseException) -> ErrorInfo | None:

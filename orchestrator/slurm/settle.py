@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from orchestrator.record import ErrorInfo, RunRecord, RunState
+from orchestrator.record import PREEMPTED, ErrorInfo, RunRecord, RunState
 from orchestrator.store import RunLock, last_metrics, tail
 
 if TYPE_CHECKING:
     from orchestrator.slurm.states import Seen
     from orchestrator.store import RunDir
 
+_CUT_SHORT = ("SLURM_ENDED", "SLURM_TIMEOUT", PREEMPTED)
 _LOG_TAIL_BYTES = 2_000
 _TYPES = {
     RunState.COMPLETED: "SlurmLost",
@@ -76,8 +77,8 @@ def settle(
 
 
 def was_cut_short(record: RunRecord) -> bool:
-    """Whether a record says only that Slurm ended the job: Slurm may put it back into its queue."""
-    return record.error is not None and record.error.type == "SLURM_ENDED"
+    """Whether a run was ended because of its Slurm job, which may go on with it later."""
+    return record.error is not None and record.error.type in _CUT_SHORT
 
 
 def corrected(run: RunDir, record: RunRecord, job_id: str, seen: Seen | None) -> RunRecord:
@@ -91,7 +92,8 @@ def corrected(run: RunDir, record: RunRecord, job_id: str, seen: Seen | None) ->
         job_id: of the Slurm job.
         seen: what Slurm says of how the job ended.
     """
-    if not was_cut_short(record) or seen is None or not seen.state.is_final:
+    told_no_more = record.error is not None and record.error.type == "SLURM_ENDED"
+    if not told_no_more or seen is None or not seen.state.is_final:
         return record
     state = seen.state if seen.state in (RunState.LOST, RunState.TIMEOUT) else RunState.CANCELLED
     error = ErrorInfo(_TYPES[state], _sentence(record, job_id, seen))
