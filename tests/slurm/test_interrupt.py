@@ -120,6 +120,26 @@ def test_a_second_one_leaves_at_once(slurm, sweep):
     assert set(sweep.states().values()) == {"COMPLETED"}
 
 
+def test_a_second_one_while_slurm_is_deaf(slurm, sweep):
+    """It does not wait for an answer of Slurm's either."""
+    sweep.plan({"all": "gate"})
+    running = sweep.start("x=1,2")
+    job = running.array
+    sweep.until_started(1, 2)
+    asked = sweep.directory / "asked"
+    deaf = f"#!/bin/sh\ntouch {asked}\nsleep 10\n"
+    with slurm.shim("squeue", deaf), slurm.shim("scancel", deaf):
+        until(asked.exists)
+        running.signal(signal.SIGINT)
+        time.sleep(0.3)
+        done = interrupted(sweep, running)
+    print(f"left after {done.seconds:.1f} s")
+    assert done.status == 130, done
+    assert done.seconds < 3
+    assert job in done.text.splitlines()[-1]
+    assert len(slurm.squeue()) == 2
+
+
 @pytest.mark.parametrize("said", ["outputs in", "Submitted"])
 def test_at_any_moment(slurm, sweep, said):
     """Just before and just after the jobs are submitted."""
