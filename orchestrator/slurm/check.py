@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,17 @@ def check(settings: SlurmSettings, config: DictConfig) -> None:
         if "%" in str(path) or "\\" in str(path) or not str(path).isprintable():
             expected = "a path without %, backslashes and line ends, which Slurm reads otherwise"
             raise SweepError(f"The sweep would write to {str(path)!r}; expected {expected}.")
-    if settings.runs_per_job > 1 and _several_tasks(settings):
+    with suppress(TypeError, ValueError):  # (an interpolation of the run's own config)
+        check_tasks(settings, vars(settings))
+
+
+def check_tasks(settings: SlurmSettings, resources: dict[str, Any]) -> None:
+    """Refuse runs that would share a job of several tasks.
+
+    Raises:
+        SweepError: they would.
+    """
+    if settings.runs_per_job > 1 and tasks_of(resources) > 1:
         raise SweepError(
             f"hydra.launcher.runs_per_job is {settings.runs_per_job} and each job has several "
             "tasks (nodes, tasks_per_node); runs share a job of one task only. Set one of them "
@@ -77,13 +88,6 @@ def _check_sweeper(settings: SlurmSettings, config: DictConfig) -> None:
             f"hydra.launcher.{name} is for hydra/sweeper=grid; {sweeper.rpartition('.')[2]} needs "
             "the results of each launch. Choose hydra/sweeper=grid, or leave it out."
         )
-
-
-def _several_tasks(settings: SlurmSettings) -> bool:
-    try:
-        return tasks_of({"nodes": settings.nodes, "tasks_per_node": settings.tasks_per_node}) > 1
-    except (TypeError, ValueError):
-        return False
 
 
 def _at_least(settings: SlurmSettings, name: str, least: int) -> None:

@@ -17,6 +17,7 @@ from orchestrator.queue.context import nobody_listens
 from orchestrator.queue.task import number_job
 from orchestrator.record import ErrorInfo, RunState
 from orchestrator.slurm.accounting import account
+from orchestrator.slurm.check import check_tasks
 from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.cut import Asked
 from orchestrator.slurm.ledger import Ledger, Ledgers
@@ -211,6 +212,7 @@ class SlurmLaunch:
         config = self.composer.compose(plan.overrides)
         number_job(config, plan.num)
         wanted = self.resources.of(config)
+        check_tasks(self.settings, wanted)
         packed = self.shipper.pack_config(config)
         record = self.planner.record(plan, self.sweep)
         before = self.known.get(plan.index, "")
