@@ -34,6 +34,7 @@ APP = """
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import hydra
@@ -59,6 +60,10 @@ def behave(what, cfg):
             app.note("saved", cfg)
             raise orchestrator.Preempted(f"saved x={cfg.x}")
     if what == "child":
+        script = "import orchestrator; files = [open('/dev/null') for _ in range(60)];"
+        script += "print(orchestrator.is_preempted())"
+        said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        app.note(f"script {said.stdout.strip()}", cfg)
         child = subprocess.Popen(["sleep", "80"])
         app.note("child", cfg)
         end = time.monotonic() + 60
