@@ -119,7 +119,7 @@ class Preempted(SystemExit):
 
 
 _warned = False
-# A descriptor that is readable once a job's time is nearly up; its keeper writes to it.
+# A descriptor (and its inode) that is readable once a job's time is nearly up: its keeper's pipe.
 WARNING_VARIABLE = "ORCHESTRATOR_WARNING_FD"
 
 
@@ -129,10 +129,12 @@ def is_preempted() -> bool:
     It becomes true ``hydra.launcher.signal_delay_s`` before Slurm's time limit, or when Slurm
     takes the node back; a task that asks after each epoch or so can save in time.
     """
-    descriptor = os.environ.get(WARNING_VARIABLE)
-    if not _warned and descriptor is not None:
-        with contextlib.suppress(OSError, ValueError):  # (a copied environment in another process)
-            if select.select([int(descriptor)], [], [], 0)[0]:
+    number, _, inode = os.environ.get(WARNING_VARIABLE, "").partition(":")
+    if not _warned and number:
+        # (A script that a run starts has the variable, but not the descriptor.)
+        with contextlib.suppress(OSError, ValueError):
+            ours = os.fstat(int(number)).st_ino == int(inode)
+            if ours and select.select([int(number)], [], [], 0)[0]:
                 note_warning()
     return _warned
 

@@ -202,7 +202,7 @@ class Keeper:
             if warned >= 0:
                 os.close(self._warning)
                 os.set_inheritable(warned, True)
-                os.environ[WARNING_VARIABLE] = str(warned)
+                os.environ[WARNING_VARIABLE] = f"{warned}:{os.fstat(warned).st_ino}"
             body(self._request, record, job_outcome_fd)
         os.close(job_outcome_fd)
         tree = JobTree(pid, self._request.kill_grace_s)

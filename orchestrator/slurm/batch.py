@@ -26,7 +26,7 @@ while [ "$status" -gt 128 ] && kill -0 "$first" 2>/dev/null; do
 done
 if [ "$status" -gt 128 ]; then
   again=0; wait "$first" 2>/dev/null || again=$?
-  [ "$again" -eq 127 ] || status=$again
+  case "$again" in 127|-*) ;; *) status=$again ;; esac
 fi"""
 
 
@@ -44,5 +44,5 @@ def batch_command(python: str, stem: str, srun: Sequence[str], teardown: Sequenc
         return f"exec {work}"
     waiting = _WAIT.format(command=" ".join((shlex.join(srun), work)) if srun else work)
     return "\n".join(
-        (waiting, *(("", "# teardown", *teardown) if teardown else ()), 'exit "$status"')
+        (waiting, *(("", "# teardown", "set +e", *teardown) if teardown else ()), 'exit "$status"')
     )

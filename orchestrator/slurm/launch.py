@@ -25,7 +25,8 @@ from orchestrator.slurm.pack import ENDED
 from orchestrator.slurm.settle import was_cut_short
 from orchestrator.slurm.states import collapse
 from orchestrator.slurm.submit import write_waiting
-from orchestrator.slurm.watch import Waiting, Watcher
+from orchestrator.slurm.waiting import Waiting
+from orchestrator.slurm.watch import Watcher
 from orchestrator.store import SWEEPS, RunDir
 from orchestrator.sweep.errors import SweepError
 from orchestrator.wording import plural
@@ -308,7 +309,8 @@ class SlurmLaunch:
         number = signals.received[0]
         # A connection that is lost is no wish to end what runs on the cluster.
         cancel = self.settings.on_interrupt == "cancel" and number != signal.SIGHUP
-        if cancel and watcher.jobs:
+        # (Two may have come before anybody could look: the second one leaves.)
+        if cancel and watcher.jobs and len(signals.received) == 1:
             self._cancel(watcher, signals)
         results = self.book.close(self.progress, self.answers, complete=False)
         if watcher.jobs:

@@ -105,7 +105,9 @@ def checked(resources: dict[str, Any]) -> dict[str, Any]:
         value = resources.get(key)
         if value is not None and not is_fine(value):
             raise SweepError(f"hydra.launcher.{key} is {value!r}; expected {expected}.")
-    memory = [key for key in ("mem_gb", "mem_per_cpu", "mem_per_gpu") if resources.get(key)]
+    memory = [
+        key for key in ("mem_gb", "mem_per_cpu", "mem_per_gpu") if resources.get(key) is not None
+    ]
     if len(memory) > 1:
         both = " and ".join(f"hydra.launcher.{key}" for key in memory)
         raise SweepError(f"{both} are set; Slurm takes one of them. Set the others to null.")
@@ -130,7 +132,9 @@ def _are_gpus(value: Any) -> bool:
 
 
 def _is_memory(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) and value >= 0
 
 
 _TAKEN = "that is the launcher's own to say: leave it out"

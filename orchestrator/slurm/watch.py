@@ -8,16 +8,14 @@ import pickle
 import selectors
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.queue.wire import Ended
-from orchestrator.record import RunRecord, RunState
+from orchestrator.record import RunState
 from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.ledger import read_ledger
-from orchestrator.slurm.pack import ENDED
 from orchestrator.slurm.settle import corrected, settle
-from orchestrator.store import RunDir
+from orchestrator.slurm.waiting import Query, Waiting
 from orchestrator.wording import plural
 
 if TYPE_CHECKING:
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from orchestrator.queue.answers import Answers
-    from orchestrator.queue.plan import Plan
     from orchestrator.queue.progress import Progress
     from orchestrator.queue.retry import FailureLimit
     from orchestrator.queue.signals import StopSignals
@@ -47,37 +44,6 @@ _LAST_WORDS_S = 2.0
 _NOWHERE_S = 5.0
 # How long after the end of its job nothing of a run can be left, whoever holds its lock.
 _CERTAIN_S = 150.0
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A run that is waited for, and the Slurm job that does it."""
-
-    plan: Plan
-    record: RunRecord
-    job_id: str
-    sweep_dir: Path
-    submitted_at: float
-    # Where Slurm's own logs of the jobs are.
-    job_logs: str
-    # Since when its job has been seen to be over, on the injected clock.
-    over_since: float | None = None
-    # What Slurm said last, while it knew the job.
-    seen: Seen | None = None
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir(self.plan.directory)
-
-    @property
-    def never_began(self) -> bool:
-        """Whether Slurm has said that the job ended without ever having had a node."""
-        seen = self.seen
-        return seen is not None and seen.state is RunState.CANCELLED and not seen.node
-
-    @property
-    def ended_file(self) -> Path:
-        return self.sweep_dir / ENDED / str(self.record.index)
 
 
 class Watcher:
@@ -121,6 +87,7 @@ class Watcher:
         self._longest_poll_s = min(max(longest_poll_s, _FIRST_POLL_S), _LONGEST_POLL_S)
         self._poll_at = clock() + _FIRST_POLL_S
         self._look_at = clock()
+        self._query: Query | None = None
         self._silent = False
         self._reasons_said: set[str] = set()
         # When the directories of reports had changed, the last time they were listed.
@@ -180,8 +147,11 @@ class Watcher:
         if now >= self._look_at:
             self._take_reports()
             self._look_at = self._clock() + _LOOK_S
-        if self._left and now >= self._poll_at:
-            self._poll()
+        if self._query is None and now >= self._poll_at and self._left:
+            self._query = Query(self._client, self.jobs, now)
+        if self._query is not None and self._query.done.is_set():
+            query, self._query = self._query, None
+            self._hear(query)
         self._progress.tick()
 
     def hurry(self) -> None:
@@ -190,7 +160,8 @@ class Watcher:
         self._poll_at = min(self._poll_at, self._clock() + _FIRST_POLL_S)
 
     def _patience(self) -> float:
-        return max(min(self._look_at, self._poll_at) - self._clock(), 0.0)
+        due = [self._look_at] if self._query is not None else [self._look_at, self._poll_at]
+        return max(min(due) - self._clock(), 0.0)
 
     # --- what jobs report ---
 
@@ -241,21 +212,18 @@ class Watcher:
 
     # --- what Slurm says ---
 
-    def _poll(self) -> None:
-        began = self._clock()
+    def _hear(self, query: Query) -> None:
         took = 0.0
-        try:
-            seen = self._client.poll(self.jobs)
-            took = self._clock() - began
-        except SlurmUnreachable as error:
+        if query.error is not None:
             if not self._silent:
-                self._progress.say(f"{error} What runs goes on; it is asked again.")
+                self._progress.say(f"{query.error} What runs goes on; it is asked again.")
             self._silent = True
         else:
+            took = self._clock() - query.began
             if self._silent:
                 self._progress.say("Slurm answers again.")
             self._silent = False
-            self._heed(seen)
+            self._heed(query.seen)
         age = self._clock() - self._began
         pause = max(_FIRST_POLL_S, age * _POLL_SHARE, took / _QUERY_SHARE)
         if any(run.over_since is not None for run in self._left.values()):
