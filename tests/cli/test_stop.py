@@ -16,6 +16,7 @@ from orchestrator.cli import stop as stop_module
 from orchestrator.cli.status import main
 from orchestrator.processes import boot_id, hostname
 from orchestrator.record import RunRecord, RunState
+from orchestrator.slurm.ledger import Job, Ledger, write_ledger
 from orchestrator.store import RunDir
 
 APP = """
@@ -180,6 +181,67 @@ def test_what_is_not_there_is_a_sentence(tmp_path):
     assert said(tmp_path).startswith("Nothing is left to stop")
     make_sweep(tmp_path, "s1")
     assert "Sweep s2 does not go on below" in refused(tmp_path, "--sweep", "s2")
+
+
+def leave_slurm_sweep(root, name="s0"):
+    """A sweep that a cluster did, or does: its launcher ended, or was killed."""
+    directory = make_sweep(root, name, pid=-1)
+    record = {"model_name": "a", "sweep_id": name, "index": 0, "fingerprint": "a"}
+    RunDir(root / "a").write(RunRecord(**record, state=RunState.PENDING))
+    write_ledger(directory, Ledger(submitted_at=time.time(), jobs=(Job("7_0", (0,)),)))
+
+
+def without_slurm(tmp_path, monkeypatch, how):
+    """A machine without Slurm's tools, or with some that do not answer."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if how == "away":
+        for name in ("squeue", "scontrol", "sacct", "scancel"):
+            (tools / name).write_text("#!/bin/sh\nexit 1\n")
+            (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+
+
+@pytest.mark.parametrize("how", ["none", "away"])
+def test_a_sweep_of_this_machine_beside_one_on_slurm_ends_without_it(
+    start, tmp_path, monkeypatch, how
+):
+    outputs = tmp_path / "outputs"
+    process = start("x=0", "seconds=60")
+    wait_for(lambda: states(outputs) == [RunState.RUNNING], "a run going on")
+    leave_slurm_sweep(outputs)
+    without_slurm(tmp_path, monkeypatch, how)
+    text = said(outputs)
+    assert text.endswith(" has ended: 1 cancelled.\n")
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert RunDir(outputs / "a").read().state is RunState.PENDING, "nobody knows about that one"
+
+
+@pytest.mark.parametrize("how", ["none", "away"])
+def test_a_sweep_on_slurm_alone_says_that_slurm_cannot_be_asked(tmp_path, monkeypatch, how):
+    leave_slurm_sweep(tmp_path / "outputs")
+    without_slurm(tmp_path, monkeypatch, how)
+    text = refused(tmp_path / "outputs")
+    assert "Slurm" in text
+    assert "Nothing is left" not in text
+    assert RunDir(tmp_path / "outputs" / "a").read().state is RunState.PENDING
+
+
+def test_all_sweeps_of_this_machine_end(start, tmp_path):
+    processes = []
+    for name in ("a", "b"):
+        outputs = tmp_path / "outputs" / name
+        processes.append(start("x=0", "seconds=60", f"hydra.sweep.dir={outputs}"))
+    for name in ("a", "b"):
+        wait_for(lambda n=name: states(tmp_path / "outputs" / n) == [RunState.RUNNING], name)
+    text = refused(tmp_path / "outputs")
+    assert "--sweep ID" in text
+    assert "--all" in text
+    text = said(tmp_path / "outputs", "--all")
+    assert text.count(" has ended: 1 cancelled.") == 2
+    for process in processes:
+        assert process.wait(10) == 128 + signal.SIGTERM
+    assert said(tmp_path / "outputs", "--all").startswith("Nothing is left to stop")
 
 
 def test_help_names_it():
