@@ -24,6 +24,7 @@ from orchestrator.store import read_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from orchestrator.slurm.client import SlurmClient
     from orchestrator.slurm.reconcile import Given
     from orchestrator.slurm.stop import Stopped
 
@@ -272,11 +273,12 @@ def _cancel(target: _Target) -> str:
         return [run for run in given if run.sweep_dir == target.directory]
 
     client = SlurmClient()
+    # Some jobs have no run, not yet or not any more. They go first: none is to start meanwhile.
+    others = sorted(target.jobs - {run.job_id for run in find()})
+    client.cancel(others)
     stopped = stop_jobs(find, client)
-    # Some may have no run any more: it was removed, or done by somebody else.
-    if others := sorted(target.jobs - set(stopped.jobs)):
-        client.cancel(others)
-        stopped.jobs += others
+    stopped.jobs += others
+    stopped.left += _still_there(client, others)
     if not stopped.jobs and not stopped.runs:
         return ""
     count = plural(len(stopped.jobs), "Slurm job")
@@ -288,6 +290,16 @@ def _cancel(target: _Target) -> str:
             "when they are gone."
         )
     return text
+
+
+def _still_there(client: SlurmClient, jobs: list[str]) -> list[str]:
+    """Wait for jobs that were cancelled; those that are not gone in time."""
+    until = time.monotonic() + _LAUNCHER_S
+    while True:
+        left = [job for job, seen in client.poll(jobs).items() if not seen.state.is_final]
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(_LOOK_S * 5)
 
 
 def _outcome(stopped: Stopped) -> str:

@@ -326,8 +326,9 @@ class SlurmLaunch:
 
     def _cancel(self, watcher: Watcher, signals: StopSignals) -> None:
         jobs = watcher.own_jobs(self.sweep.directory)
-        ids = " ".join(collapse(jobs))
-        self.progress.say(f"Cancelling {ids}; Ctrl+C again leaves what is left to Slurm.")
+        if jobs:
+            ids = " ".join(collapse(jobs))
+            self.progress.say(f"Cancelling {ids}; Ctrl+C again leaves what is left to Slurm.")
         if others := [job for job in watcher.jobs if job not in jobs]:
             others_ids = " ".join(collapse(others))
             self.progress.say(f"{others_ids} goes on: it does runs of another sweep, too.")
@@ -338,14 +339,19 @@ class SlurmLaunch:
         cancelling = threading.Thread(target=self._cancel_jobs, args=(jobs, failed), daemon=True)
         cancelling.start()
         watcher.hurry()
-        watcher.run(signals, time.monotonic() + self.kill_wait_s + _CANCEL_S, failed.is_set)
+        ours = set(jobs)
+        watcher.run(
+            signals,
+            time.monotonic() + self.kill_wait_s + _CANCEL_S,
+            lambda: failed.is_set() or ours.isdisjoint(watcher.jobs),
+        )
+        self.progress.brief = not (failed.is_set() or ours.isdisjoint(watcher.jobs))
 
     def _cancel_jobs(self, jobs: Sequence[str], failed: threading.Event) -> None:
         try:
             self.client.cancel(jobs)
         except SlurmUnreachable as error:
             self.progress.say(str(error))
-            self.progress.brief = False
             failed.set()
 
 
