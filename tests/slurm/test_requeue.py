@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -166,6 +167,7 @@ def test_jobs_go_on_after_a_requeue(together):
         a_pack_that_is_still_saving,
         runs_that_ignore_the_warning,
         ranks_are_warned,
+        jobs_of_more_importance_come,
     )
 
 
@@ -330,6 +332,57 @@ def ranks_are_warned(slurm, sweep):
     assert len(sweep.started()) == 8
 
 
+@contextlib.contextmanager
+def preempting(kind):
+    """A cluster of one node, where jobs of the partition "urgent" take the place of others."""
+    conf = {
+        "PreemptType": "preempt/partition_prio",
+        "PreemptMode": "REQUEUE",
+        "SlurmctldParameters": "preempt_send_user_signal",
+    }
+    with kind(nodes=1, conf=conf) as cluster:
+        cluster.scontrol("create", "PartitionName=urgent", "Nodes=node1", "PriorityTier=10")
+        cluster.scontrol("create", "PartitionName=polite", "Nodes=node1", "GraceTime=20")
+        yield cluster
+
+
+def jobs_of_more_importance_come(slurm, sweep):
+    """What is preempted goes on later, and that counts as no time-out."""
+    with preempting(type(slurm)) as cluster, contextlib.ExitStack() as stack:
+        polite, rude = (type(sweep)(cluster, sweep.directory / name) for name in ("polite", "rude"))
+        for one, partition in ((polite, "polite"), (rude, "main")):
+            stack.callback(one.end)
+            (one.directory / "warned.py").write_text(APP)
+            one.plan({1: "save", 2: "gate"})
+            one.start(
+                *("x=range(4)", "hydra.launcher.runs_per_job=4", "hydra.launcher.cpus_per_task=4"),
+                *("hydra.launcher.queue.max_processes=2", f"hydra.launcher.partition={partition}"),
+                app="warned.py",
+            )
+        for one in (polite, rude):
+            one.until_started(1, 2)
+        words = ("--partition=urgent", "--cpus-per-task=8", "--output=/dev/null")
+        urgent = cluster.sbatch(*words, "--wrap", "sleep 0.5")
+        # One is warned, and ends when all it does is saved or done.
+        until(lambda: polite.notes("saved"), 20, lambda: polite)
+        assert polite.states()[2] == "RUNNING"
+        polite.open(2)
+        polite.until_states({1: "PENDING", 2: "COMPLETED", 3: "PENDING"})
+        cluster.wait(urgent)
+        for one in (polite, rude):
+            one.open()
+        for one in (polite, rude):
+            done = one._started[0].wait(AGAIN_S)
+            assert done.status == 0, done
+            assert set(one.states().values()) == {"COMPLETED"}
+        assert polite.started() == [0, 1, 1, 2, 3]
+        # The other was warned and ended at the same moment.
+        assert rude.started() == [0, 1, 1, 2, 2, 3]
+        for one in (polite, rude):
+            assert one.records()[1]["return_value"]["attempt"] == 2
+            assert len(one.records()[1]["attempts"]) == 1
+
+
 # --- jobs that are not ---
 
 
@@ -480,62 +533,6 @@ def test_slurm_is_slow_to_answer(slurm, sweep):
         done = running.wait(20)
     assert done.status == 1, done
     assert "2 cancelled" in done.text, done
-
-
-# --- preemption by a job of more importance ---
-
-
-@pytest.fixture
-def preempting(slurm):
-    """A cluster of one node, where jobs of the partition "urgent" take the place of others."""
-    conf = {
-        "PreemptType": "preempt/partition_prio",
-        "PreemptMode": "REQUEUE",
-        "SlurmctldParameters": "preempt_send_user_signal",
-    }
-    with type(slurm)(nodes=1, conf=conf) as cluster:
-        cluster.scontrol("create", "PartitionName=urgent", "Nodes=node1", "PriorityTier=10")
-        cluster.scontrol("create", "PartitionName=polite", "Nodes=node1", "GraceTime=20")
-        yield cluster
-
-
-def test_preemption(preempting, sweep, tmp_path):
-    """What is preempted goes on later, and that counts as no time-out."""
-    polite, rude = (type(sweep)(preempting, tmp_path / name) for name in ("polite", "rude"))
-    try:
-        for one, partition in ((polite, "polite"), (rude, "main")):
-            (one.directory / "warned.py").write_text(APP)
-            one.plan({1: "save", 2: "gate"})
-            one.start(
-                *("x=range(4)", "hydra.launcher.runs_per_job=4", "hydra.launcher.cpus_per_task=4"),
-                *("hydra.launcher.queue.max_processes=2", f"hydra.launcher.partition={partition}"),
-                app="warned.py",
-            )
-        for one in (polite, rude):
-            one.until_started(1, 2)
-        words = ("--partition=urgent", "--cpus-per-task=8", "--output=/dev/null")
-        urgent = preempting.sbatch(*words, "--wrap", "sleep 0.5")
-        # One is warned, and ends when all it does is saved or done.
-        until(lambda: polite.notes("saved"), 20, lambda: polite)
-        assert polite.states()[2] == "RUNNING"
-        polite.open(2)
-        polite.until_states({1: "PENDING", 2: "COMPLETED", 3: "PENDING"})
-        preempting.wait(urgent)
-        for one in (polite, rude):
-            one.open()
-        for one in (polite, rude):
-            done = one._started[0].wait(AGAIN_S)
-            assert done.status == 0, done
-            assert set(one.states().values()) == {"COMPLETED"}
-        assert polite.started() == [0, 1, 1, 2, 3]
-        # The other was warned and ended at the same moment.
-        assert rude.started() == [0, 1, 1, 2, 2, 3]
-        for one in (polite, rude):
-            assert one.records()[1]["return_value"]["attempt"] == 2
-            assert len(one.records()[1]["attempts"]) == 1
-    finally:
-        polite.end()
-        rude.end()
 
 
 # --- what needs no Slurm ---
