@@ -156,9 +156,10 @@ def test_srun_starts_it_where_it_is_wanted(script):
     assert not (script.home / "pwned").exists()
 
 
-def test_lines_after_the_runs_do_not_hide_their_status(script):
+@pytest.mark.parametrize("setup", [(), (STRICT,)], ids=["plain", "strict"])
+def test_lines_after_the_runs_do_not_hide_their_status(script, setup):
     script.let_end(4)
-    script.start(["false", "echo $status", "(exit 9)"])
+    script.start(["false", "echo $status", "(exit 9)"], setup)
     assert script.wait() == (4, "4\n")
 
 
@@ -208,7 +209,7 @@ def test_a_process_that_the_signal_ends_is_cleaned_up_after(script, setup):
     script.until("began")
     script.cancel()
     status, said = script.wait()
-    assert status > 128
+    assert status == 128 + signal.SIGTERM
     assert said.endswith("bye\n")
 
 

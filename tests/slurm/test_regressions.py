@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from slurm_sweeps import WORDS, until
+from slurm_sweeps import until
 
 from orchestrator.processes import hostname
 from orchestrator.queue.wire import Ended
@@ -65,6 +65,10 @@ def test_jobs_that_slurm_took_although_sbatch_failed_are_adopted(slurm, sweep):
     assert {job.partition("_")[0] for job in sweep.jobs()} == {
         job.partition("_")[0] for job in queue(slurm)
     }
+    # (What jobs and launcher unpickle is nobody else's to write, whatever the umask.)
+    (sweep_dir,) = sweep.outputs.glob(".sweeps/*")
+    for folder in (sweep_dir / ENDED, sweep_dir / "slurm"):
+        assert folder.stat().st_mode & 0o077 == 0, folder
     sweep.open()
     done = running.wait()
     assert done.status == 0, done
@@ -259,12 +263,14 @@ def test_an_exported_array_is_cancelled_with_its_waiting_tasks(slurm, sweep):
     words = ("-m", "orchestrator.cli.export", "slurm", "--option", "time=5", "--parallel", "2")
     command = ("app.py", "-m", "hydra/callbacks=results", "hydra/output=named", "x=range(6)")
     slurm.run(sys.executable, *words, "--", sys.executable, *command, cwd=sweep.directory)
-    slurm.run("sbatch", "sweep.sbatch", cwd=sweep.directory)
+    array = slurm.run("sbatch", "--parsable", "sweep.sbatch", cwd=sweep.directory).stdout.strip()
     until(lambda: len(sweep.started()) == 2, 30, lambda: str(sweep))
     done = stop(slurm, sweep.outputs)
     assert "Cancelled 6 Slurm jobs" in done.stdout, done
-    until(lambda: not queue(slurm), 20, lambda: str(slurm.squeue()))
+    assert not queue(slurm)
     assert len(sweep.started()) == 2
+    tasks = slurm.scontrol("--oneliner", "show", "job", array).splitlines()
+    assert sum(" NodeList=node" in task for task in tasks) == 2, "no other had its turn meanwhile"
     assert sorted(sweep.states().values()) == ["CANCELLED"] * 2
     assert stop(slurm, sweep.outputs).stdout.startswith("Nothing is left to stop")
 
@@ -282,8 +288,13 @@ def test_ctrl_c_ends_no_runs_of_another_sweep_that_it_was_not_asked_for(slurm, s
     running.says("1 run under way already", "Submitted 1 run")
     sweep.until_started(5)
     os.killpg(running.pid, signal.SIGINT)
+    began = time.monotonic()
     done = running.wait(30)
+    # It waits for the end of what it has cancelled, and of nothing else.
+    assert time.monotonic() - began < 20
     assert done.status == 130, done
+    last = done.text.splitlines()[-1]
+    assert last.startswith(f"Left to Slurm: 1 run going on and 0 waiting, in {job}."), done
     assert f"{job} goes on: it does runs of another sweep, too." in done.text
     assert sweep.states()[5] == "CANCELLED"
     assert queue(slurm) == {job}
@@ -377,21 +388,3 @@ def test_a_job_does_not_do_what_another_owner_has_put_there(tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="another user's"):
         start_module.main()
     assert not (tmp_path / "pwned").exists()
-
-
-def test_nobody_else_can_write_what_jobs_unpickle(slurm, sweep):
-    """Outputs of a group are often written with umask 002."""
-    words = ["-c", 'umask 002; exec "$@"', "sh", sys.executable, "app.py", *WORDS, "x=1", LEAVE]
-    done = subprocess.run(
-        ["sh", *words],
-        cwd=sweep.directory,
-        env=slurm.env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done
-    (sweep_dir,) = sweep.outputs.glob(".sweeps/*")
-    for folder in (sweep_dir / ENDED, sweep_dir / "slurm"):
-        assert folder.stat().st_mode & 0o077 == 0, folder

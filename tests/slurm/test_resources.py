@@ -74,6 +74,8 @@ def test_what_sbatch_takes_is_left_as_it_is(key, value):
         ("mem_gb", "4GB", "mem_per_cpu=4000M"),
         ("mem_gb", -1, "GB as a number"),
         ("mem_gb", True, "GB as a number"),
+        ("mem_gb", float("inf"), "GB as a number"),
+        ("mem_gb", float("nan"), "GB as a number"),
         ("cpus_per_task", 0, "1 or more"),
         ("cpus_per_task", -2, "1 or more"),
         ("cpus_per_task", 1.5, "1 or more"),
@@ -94,10 +96,11 @@ def test_a_wrong_value_is_a_sentence_with_its_key(key, value, expected):
     assert expected in said
 
 
+@pytest.mark.parametrize("memory", [4, 0])
 @pytest.mark.parametrize("other", ["mem_per_cpu", "mem_per_gpu"])
-def test_memory_is_said_in_one_way(other):
+def test_memory_is_said_in_one_way(other, memory):
     with pytest.raises(SweepError) as caught:
-        checked({"mem_gb": 4, other: "4000M"})
+        checked({"mem_gb": memory, other: "4000M"})
     said = str(caught.value)
     assert f"hydra.launcher.mem_gb and hydra.launcher.{other} are set" in said
     assert "null" in said
