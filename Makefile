@@ -27,7 +27,7 @@ test-slow: $(VENV)/.installed-test
 
 test-slurm: $(VENV)/.installed-test
 	tests/slurm/install.sh
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest tests/slurm -n 2 --dist loadfile
 
 lint types: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -41,6 +41,7 @@ wheel: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/launch.py
 	$(BIN)/python benchmarks/gpus.py --real
+	if command -v slurmctld >/dev/null; then $(BIN)/python benchmarks/slurm.py; fi
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/.peers
