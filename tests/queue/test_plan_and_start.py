@@ -216,6 +216,8 @@ def test_a_run_that_could_not_be_given_a_directory_is_in_the_results(sandbox):
 def _record(state, sweep_id="before", **fields):
     done = state is RunState.COMPLETED
     name = {"model_name": "x_1", "fingerprint": A, "index": 0}
+    if state is not RunState.PENDING:
+        fields.setdefault("started_at", 1.0)
     return RunRecord(**name, sweep_id=sweep_id, state=state, success=done, **fields)
 
 
