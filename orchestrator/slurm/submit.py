@@ -18,8 +18,9 @@ import msgspec
 
 from orchestrator.record import RunState
 from orchestrator.slurm.batch import IGNORE_WARNING, batch_command
+from orchestrator.slurm.client import SlurmUnreachable
 from orchestrator.slurm.cut import cut
-from orchestrator.slurm.ledger import Job, Ledger, write_ledger
+from orchestrator.slurm.ledger import Job, Ledger, read_ledger, write_ledger
 from orchestrator.slurm.pack import ENDED, JobTime, Pack, PackedRun
 from orchestrator.slurm.resources import tasks_of
 from orchestrator.slurm.start import pack_file
@@ -84,7 +85,8 @@ class Submitter:
         self._sweep = sweep
         self._on_failure = on_failure
         self._resume = resume
-        self.ledger = Ledger(
+        # (A sweep in batches has jobs of earlier ones.)
+        self.ledger = read_ledger(sweep.directory) or Ledger(
             submitted_at=time.time(), folder=str(self.folder), cluster=limits.cluster
         )
 
@@ -134,8 +136,15 @@ class Submitter:
             Job(job, tuple(run.plan.num for run in pack))
             for job, pack in zip(ids, chosen, strict=True)
         )
-        self.ledger = msgspec.structs.replace(self.ledger, jobs=(*self.ledger.jobs, *jobs))
-        write_ledger(self._sweep.directory, self.ledger)
+        ledger = msgspec.structs.replace(self.ledger, jobs=(*self.ledger.jobs, *jobs))
+        try:
+            write_ledger(self._sweep.directory, ledger)
+        except OSError as error:  # nobody would know of these jobs
+            with contextlib.suppress(SlurmUnreachable):
+                self._client.cancel(ids)
+            what = f"{self._sweep.directory} cannot be written ({error})"
+            raise SweepError(f"{what}: jobs {' '.join(ids)} were cancelled. Make room.") from error
+        self.ledger = ledger
 
     def _submit_array(self, array: Array, common: bytes, after: str) -> list[str]:
         from submitit.core.utils import FailedJobError, FailedSubmissionError

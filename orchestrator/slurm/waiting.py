@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,11 +57,11 @@ class Query:
     Args:
         client: asks Slurm.
         jobs: whose state is asked for.
-        began: now.
     """
 
-    def __init__(self, client: SlurmClient, jobs: list[str], began: float) -> None:
-        self.began = began
+    def __init__(self, client: SlurmClient, jobs: list[str]) -> None:
+        # How long the answer took; it may be heard of later.
+        self.took_s = 0.0
         self.seen: dict[str, Seen] = {}
         self.error: SlurmUnreachable | None = None
         self.done = threading.Event()
@@ -68,9 +69,11 @@ class Query:
         threading.Thread(target=self._ask, args=(client, jobs), daemon=True).start()
 
     def _ask(self, client: SlurmClient, jobs: list[str]) -> None:
+        began = time.monotonic()
         try:
             self.seen = client.poll(jobs)
         except SlurmUnreachable as error:
             self.error = error
         finally:
+            self.took_s = time.monotonic() - began
             self.done.set()

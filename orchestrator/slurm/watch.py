@@ -148,7 +148,7 @@ class Watcher:
             self._take_reports()
             self._look_at = self._clock() + _LOOK_S
         if self._query is None and now >= self._poll_at and self._left:
-            self._query = Query(self._client, self.jobs, now)
+            self._query = Query(self._client, self.jobs)
         if self._query is not None and self._query.done.is_set():
             query, self._query = self._query, None
             self._hear(query)
@@ -219,7 +219,7 @@ class Watcher:
                 self._progress.say(f"{query.error} What runs goes on; it is asked again.")
             self._silent = True
         else:
-            took = self._clock() - query.began
+            took = query.took_s
             if self._silent:
                 self._progress.say("Slurm answers again.")
             self._silent = False
