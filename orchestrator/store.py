@@ -95,6 +95,12 @@ class RunDir:
             return self.read()
         return None
 
+    def try_read_anew(self) -> RunRecord | None:
+        """The same past what a file server's client remembers; OSError without a directory."""
+        with os.scandir(self.path):  # a directory that is opened is looked at anew
+            pass
+        return self.try_read()
+
     def write(self, record: RunRecord) -> None:
         """Replace the record atomically; a final state is on the disk before this returns."""
         write_atomic(self.record, encode(record), durable=record.state.is_final)

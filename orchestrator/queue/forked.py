@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hydra.core.utils import JobReturn
+    from omegaconf import DictConfig
 
     from orchestrator.queue.keeper import JobBody, Preparation
     from orchestrator.queue.wire import JobRequest
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 def forked_jobs(task: Task, composer: Composer) -> tuple[JobBody, Preparation]:
     """What a job server needs to know of jobs that are forked."""
-    return forked_body(task, composer), preparation(composer)
+
+    def config_of(request: JobRequest) -> DictConfig:
+        config = composer.compose_in_place(list(request.overrides))
+        number_job(config, request.num)
+        return config
+
+    return forked_body(task, config_of), preparation(composer)
 
 
 def preparation(composer: Composer) -> Preparation:
@@ -41,8 +48,8 @@ def preparation(composer: Composer) -> Preparation:
     return prepare
 
 
-def forked_body(task: Task, composer: Composer) -> JobBody:
-    """What a forked child does: the task, with the config composed from memory."""
+def forked_body(task: Task, config_of: Callable[[JobRequest], DictConfig]) -> JobBody:
+    """What a forked child does: the task, with the config that a run's request means."""
 
     def body(request: JobRequest, record: RunRecord, outcome_fd: int) -> None:
         try:
@@ -52,9 +59,7 @@ def forked_body(task: Task, composer: Composer) -> JobBody:
             give_up(error, outcome_fd)
 
         def load() -> Callable[[], JobReturn]:
-            config = composer.compose_in_place(list(request.overrides))
-            number_job(config, request.num)
-            return partial(call_task, task, config, request.directory)
+            return partial(call_task, task, config_of(request), request.directory)
 
         work(load, request, outcome_fd)
 

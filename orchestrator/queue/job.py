@@ -25,7 +25,7 @@ from orchestrator.record import ErrorInfo, RunRecord, numbers_in, to_plain
 from orchestrator.store import RunDir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from hydra.core.utils import JobReturn
 
@@ -55,16 +55,27 @@ def set_up_process(request: JobRequest, record: RunRecord) -> None:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     run = RunDir(Path(request.directory))
     redirect(run)
-    for name, value in request.env.items():
+    set_variables(request.env, request.threads, len(record.attempts) + 1)
+    pid = os.getpid()
+    run.write(msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid)))
+
+
+def set_variables(variables: Mapping[str, str | None], threads: int, attempt: int) -> None:
+    """Set this process's environment to a job's.
+
+    Args:
+        variables: what to set; None takes a variable away.
+        threads: of its libraries, where nobody has said how many.
+        attempt: which one of its run this is, from 1.
+    """
+    for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
     for name in THREAD_VARIABLES:
-        os.environ.setdefault(name, str(request.threads))
-    pid = os.getpid()
-    os.environ[current_run.ATTEMPT_VARIABLE] = str(len(record.attempts) + 1)
-    run.write(msgspec.structs.replace(record, pid=pid, pid_started=start_time(pid)))
+        os.environ.setdefault(name, str(threads))
+    os.environ[current_run.ATTEMPT_VARIABLE] = str(attempt)
 
 
 class EndedBySignal(SystemExit):

@@ -22,7 +22,7 @@ from orchestrator.queue.link import ServerLink, forked_server, spawned_server
 from orchestrator.queue.needs import Needs
 from orchestrator.queue.plan import Planner
 from orchestrator.queue.progress import SettingsCount, make_progress
-from orchestrator.queue.resources import cores, make_places, start_watcher
+from orchestrator.queue.resources import cores, jobs_at_a_time, make_places, start_watcher
 from orchestrator.queue.retry import FailureLimit, RetryPolicy
 from orchestrator.queue.scheduler import Scheduler
 from orchestrator.queue.signals import StopSignals
@@ -131,7 +131,7 @@ class GpuQueue:
             retry=retry,
             limit=limit,
             control=self._control,
-            threads=settings.threads or _threads(_jobs_at_a_time(places, needs)),
+            threads=settings.threads or _threads(jobs_at_a_time(places, needs)),
             progress=progress,
             make_server=self._start_server,
             server=self._server,
@@ -217,11 +217,6 @@ def _to_preload(preload: Any, config: DictConfig) -> list[str]:
     if not preload:
         return []
     return [preload] if isinstance(preload, str) else [str(name) for name in preload]
-
-
-def _jobs_at_a_time(places: Places, needs: Needs) -> int:
-    gpus = 1 if needs.constant is None else needs.constant.gpus
-    return max(1, places.size // max(gpus, 1)) if places.gpus else places.size
 
 
 def _threads(slots: int) -> int:

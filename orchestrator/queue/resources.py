@@ -15,6 +15,7 @@ from orchestrator.sweep.errors import SweepError
 
 if TYPE_CHECKING:
     from orchestrator.queue.leases import LeaseTables
+    from orchestrator.queue.needs import Needs
     from orchestrator.queue.settings import QueueSettings
     from orchestrator.queue.watcher import GpuWatcher, Reading
 
@@ -88,6 +89,12 @@ def make_places(settings: QueueSettings, watcher: GpuWatcher | None) -> tuple[Pl
     if reading is not None:
         places.take_in(reading)
     return places, _where(gpus, reading)
+
+
+def jobs_at_a_time(places: Places, needs: Needs) -> int:
+    """How many jobs there is room for; of those whose needs differ, as if each had one GPU."""
+    gpus = 1 if needs.constant is None else needs.constant.gpus
+    return max(1, places.size // max(gpus, 1)) if places.gpus else places.size
 
 
 def _find_gpus(settings: QueueSettings, reading: Reading | None) -> tuple[list[Gpu], str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.record import RunState
+
 if TYPE_CHECKING:
     from orchestrator.queue.settings import QueueSettings
     from orchestrator.record import RunRecord
@@ -82,6 +84,12 @@ class Pack:
     def after_timeout(self) -> Pack:
         """The same once its time was up."""
         return replace(self, time=replace(self.time, timeouts_left=self.time.timeouts_left - 1))
+
+    def answers(self, found: RunRecord, asked: RunRecord) -> bool:
+        """Whether a record answers: of this sweep, from before a requeue, or of any at all."""
+        ours = self.resume or found.sweep_id == asked.sweep_id
+        done = found.state is RunState.COMPLETED
+        return done and ours and found.fingerprint == asked.fingerprint
 
     def ended_file(self, num: int) -> Path:
         return Path(self.sweep_dir, ENDED, str(num))

@@ -5,31 +5,23 @@ from __future__ import annotations
 import io
 import signal
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from orchestrator.identity import Identity
-from orchestrator.queue.job import (
-    forget_parent,
-    give_up,
-    limit_blas_threads,
-    set_up_process,
-    work,
-)
+from orchestrator.queue.forked import forked_body
+from orchestrator.queue.job import limit_blas_threads
 from orchestrator.queue.plan import Plan
 from orchestrator.queue.spawn import load_config
-from orchestrator.queue.task import call_task, name_job
-from orchestrator.record import RunRecord, RunState
+from orchestrator.queue.task import name_job
 from orchestrator.slurm.allocation import job_id
 from orchestrator.store import RunDir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
     from orchestrator.queue.keeper import JobBody, Preparation
@@ -37,6 +29,7 @@ if TYPE_CHECKING:
     from orchestrator.queue.settings import QueueSettings
     from orchestrator.queue.task import Task
     from orchestrator.queue.wire import JobRequest
+    from orchestrator.record import RunRecord
     from orchestrator.slurm.pack import Pack, PackedRun
 
 
@@ -59,21 +52,12 @@ def packed_jobs(task: Task, configs: Mapping[int, bytes]) -> tuple[JobBody, Prep
     def prepare(request: JobRequest) -> None:
         limit_blas_threads(request.threads)
 
-    def body(request: JobRequest, record: RunRecord, outcome_fd: int) -> None:
-        try:
-            forget_parent()
-            set_up_process(request, record)
-        except BaseException as error:  # noqa: BLE001 - the last frame of the process
-            give_up(error, outcome_fd)
+    def config_of(request: JobRequest) -> DictConfig:
+        config = load_config(io.BytesIO(configs[request.num]))
+        name_job(config, request.record.slurm_job_id)
+        return config
 
-        def load() -> Callable[[], JobReturn]:
-            config = load_config(io.BytesIO(configs[request.num]))
-            name_job(config, request.record.slurm_job_id)
-            return partial(call_task, task, config, request.directory)
-
-        work(load, request, outcome_fd)
-
-    return body, prepare
+    return forked_body(task, config_of), prepare
 
 
 class Configs:
@@ -99,16 +83,10 @@ class PackPlanner:
         record = run.record
         who = Identity(record.fingerprint, record.model_name, record.hyperparams, record.seed)
         done = RunDir(Path(run.directory)).try_read()
-        if done is not None and not self._answers(done, record):
+        if done is not None and not self._pack.answers(done, record):
             done = None
         directory = Path(run.directory)
         return Plan(index, run.num, record.overrides, who, directory, done, record.memory_shape)
-
-    def _answers(self, found: RunRecord, record: RunRecord) -> bool:
-        """Whether a record answers: of this sweep, from before a requeue, or of any at all."""
-        ours = found.sweep_id == record.sweep_id or self._pack.resume
-        done = found.state is RunState.COMPLETED
-        return done and ours and found.fingerprint == record.fingerprint
 
     def request(self, plan: Plan, seat: Seat, sweep: Any) -> JobRequest:
         run = self._pack.runs[plan.index]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from orchestrator.record import PREEMPTED, ErrorInfo, RunState
+from orchestrator.record import PREEMPTED, ErrorInfo
 from orchestrator.store import RANKS, RunDir, read_bytes, write_atomic
 
 if TYPE_CHECKING:
@@ -97,18 +97,16 @@ def _is_done(pack: Pack, run: PackedRun) -> bool:
     from orchestrator.slurm.allocation import job_id
 
     found = RunDir(Path(run.directory)).try_read()
-    if found is None or found.state is not RunState.COMPLETED or found.slurm_job_id == job_id():
+    if found is None or found.slurm_job_id == job_id():
         return False
-    ours = pack.resume or found.sweep_id == run.record.sweep_id
-    return ours and found.fingerprint == run.record.fingerprint
+    return pack.answers(found, run.record)
 
 
 def _set_environment(pack: Pack, run: PackedRun) -> int:
     """Set the variables that rank 0 has from its local queue; returns the threads it may use."""
     from orchestrator.queue.environment import job_environment
-    from orchestrator.queue.job import THREAD_VARIABLES
+    from orchestrator.queue.job import set_variables
     from orchestrator.queue.needs import Need
-    from orchestrator.run import ATTEMPT_VARIABLE
     from orchestrator.slurm.allocation import allocated_cores
 
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
@@ -125,15 +123,8 @@ def _set_environment(pack: Pack, run: PackedRun) -> int:
         attempt=attempt,
         cpu_only=True,
     )
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    os.environ[ATTEMPT_VARIABLE] = str(attempt)
     threads = pack.settings.threads or allocated_cores()
-    for name in THREAD_VARIABLES:
-        os.environ.setdefault(name, str(threads))
+    set_variables(variables, threads, attempt)
     return threads
 
 

@@ -309,10 +309,7 @@ def _bury(run: Given, said: Seen | None, now: float) -> Standing:
 
 
 def _bury_locked(run: Given, said: Seen | None, now: float) -> Standing:
-    # A directory that is opened is looked at anew by the clients of a file server.
-    with os.scandir(run.run.path):
-        pass
-    found = run.run.try_read() or run.record
+    found = run.run.try_read_anew() or run.record
     ours = (found.sweep_id, found.index) == (run.record.sweep_id, run.record.index)
     if found.state.is_final or not ours:
         return Standing(found, found.state, run.job_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,10 +57,7 @@ def settle(
     if lock is None and not certain:
         return None
     try:
-        # A directory that is opened is looked at anew by the clients of a file server.
-        with os.scandir(run.path):
-            pass
-        found = run.try_read() or asked
+        found = run.try_read_anew() or asked
         if (found.sweep_id, found.index) != (asked.sweep_id, asked.index):
             return None
         if found.state.is_final:

@@ -299,10 +299,7 @@ def write_waiting(run: RunDir, record: RunRecord, before: str, *, resume: bool) 
     if lock is None:
         return None
     try:
-        # A directory that is opened is looked at anew by the clients of a file server.
-        with os.scandir(run.path):
-            pass
-        found = run.try_read()
+        found = run.try_read_anew()
         if found is not None and found.fingerprint == record.fingerprint:
             done = found.state is RunState.COMPLETED and resume
             if done or (not found.state.is_final and found.sweep_id != before):

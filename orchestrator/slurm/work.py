@@ -14,7 +14,7 @@ from orchestrator.queue.control import CONTROL_NAME, Control
 from orchestrator.queue.link import ServerLink, forked_server, spawned_server
 from orchestrator.queue.needs import Needs
 from orchestrator.queue.progress import Progress, SettingsCount
-from orchestrator.queue.resources import make_places, start_watcher
+from orchestrator.queue.resources import jobs_at_a_time, make_places, start_watcher
 from orchestrator.queue.retry import FailureLimit, RetryPolicy
 from orchestrator.queue.spawn import load_task
 from orchestrator.queue.start_method import choose
@@ -29,7 +29,6 @@ from orchestrator.wording import plural
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from orchestrator.queue.places import Places
     from orchestrator.queue.settings import QueueSettings
     from orchestrator.queue.task import Task
     from orchestrator.slurm.pack import Pack
@@ -104,7 +103,7 @@ class PackJob:
             retry=RetryPolicy(settings.retries, settings.retry_on),
             limit=FailureLimit(pack.on_failure),
             control=Control(Path(pack.sweep_dir) / CONTROL_NAME),
-            threads=settings.threads or max(1, allocated_cores() // _at_a_time(places, needs)),
+            threads=settings.threads or max(1, allocated_cores() // jobs_at_a_time(places, needs)),
             progress=progress,
             make_server=make_server,
             server=server,
@@ -142,8 +141,3 @@ def _load(common: bytes) -> Task | None:
     except BaseException as error:  # noqa: BLE001 - an app may do anything when it is imported
         print(f"The app could not be loaded: {ErrorInfo.of(error).line}", file=sys.stderr)
         return None
-
-
-def _at_a_time(places: Places, needs: Needs) -> int:
-    gpus = 1 if needs.constant is None else needs.constant.gpus
-    return max(1, places.size // max(gpus, 1)) if places.gpus else places.size

@@ -23,6 +23,7 @@ from orchestrator.queue.job import THREAD_VARIABLES
 from orchestrator.queue.launcher import GpuQueue
 from orchestrator.queue.needs import Needs
 from orchestrator.queue.plan import Planner
+from orchestrator.queue.resources import jobs_at_a_time
 from orchestrator.queue.settings import QueueSettings
 from orchestrator.record import RunState
 from orchestrator.slurm.allocation import allocated_cores, job_id, queue_settings
@@ -191,9 +192,7 @@ class ArrayQueue(GpuQueue):
         places = super()._make_places(needs)
         said = self._settings.threads or any(os.environ.get(name) for name in THREAD_VARIABLES)
         if job_id() and not said:
-            gpus = 1 if needs.constant is None else needs.constant.gpus
-            at_a_time = places.size // max(gpus, 1) if places.gpus else places.size
-            self._settings.threads = max(1, allocated_cores() // max(at_a_time, 1))
+            self._settings.threads = max(1, allocated_cores() // jobs_at_a_time(places, needs))
         return places
 
 
